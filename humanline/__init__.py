@@ -1,0 +1,39 @@
+"""humanline: fused preference and RL objectives with the human perceptual bias inside the loss.
+
+    objective × perception × entry point (log-probs | logits | hidden states) × reference
+
+>>> import humanline as hl
+>>> objective = hl.DPO(beta=0.1, perception=hl.Clip(-1.5, 1.5))
+>>> loss, stats = objective.from_hidden(hidden, weight, labels, ref_logps)  # doctest: +SKIP
+"""
+
+from humanline.checks import debug
+from humanline.objectives import DPO, GRPO, KTO, PPO, SFT, Objective, SimPO, SLiC, TokenObjective
+from humanline.ops import linear_token_logps, shift, token_logps
+from humanline.perception import BetaRejection, Clip, Identity, Perception, ProspectWeight
+from humanline.rows import Layout, Rows
+from humanline.version import __version__
+
+__all__ = [
+    "DPO",
+    "GRPO",
+    "KTO",
+    "PPO",
+    "SFT",
+    "BetaRejection",
+    "Clip",
+    "Identity",
+    "Layout",
+    "Objective",
+    "Perception",
+    "ProspectWeight",
+    "Rows",
+    "SLiC",
+    "SimPO",
+    "TokenObjective",
+    "__version__",
+    "debug",
+    "linear_token_logps",
+    "shift",
+    "token_logps",
+]

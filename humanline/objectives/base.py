@@ -1,0 +1,234 @@
+"""What an objective is: a frozen value with one method that turns rows into a loss.
+
+To write your own, subclass :class:`TokenObjective` and define ``token_loss`` if a token's gradient
+needs nothing but that token, or :class:`Objective` and define ``loss`` otherwise. All entry points,
+perceptions and backends then work, at the same cost as for the library's own objectives.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from humanline import checks, ops
+from humanline.dtypes import at_least_float32
+from humanline.perception import Identity, Perception
+from humanline.rows import IGNORE_INDEX, Layout, Rows
+from humanline.seam import Problem, finish
+
+Result = tuple[Tensor, dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Base of all objectives.
+
+    Args:
+        perception: how log-ratios to the reference are perceived before the loss sees them.
+
+    Raises:
+        TypeError: ``perception`` is not a :class:`~humanline.perception.Perception`.
+        ValueError: a perception was given to an objective that has no reference.
+    """
+
+    perception: Perception = field(default=Identity(), kw_only=True)
+
+    #: Whether the loss is built on log-ratios to a reference.
+    needs_reference: ClassVar[bool] = True
+    #: Whether the entry points compute each row's entropy and hand it to the loss.
+    needs_entropy: ClassVar[bool] = False
+    #: Whether a row's gradient depends on that row alone, so that rows may come block by block.
+    token_level: ClassVar[bool] = False
+
+    def __post_init__(self):
+        name = type(self).__name__
+        if not isinstance(self.perception, Perception):
+            raise TypeError(
+                f"perception must be a humanline Perception such as Clip(), got {self.perception!r}"
+            )
+        if not self.needs_reference and self.perception != Identity():
+            raise ValueError(
+                f"{name} is reference-free: there is no log-ratio to perceive, so perception must "
+                f"stay Identity(), got {self.perception!r}"
+            )
+
+    # What a subclass defines
+
+    def loss(self, rows: Rows, **batch: Any) -> Tensor:
+        """The loss, a scalar differentiable with respect to ``rows.logps``."""
+        raise NotImplementedError(f"{type(self).__name__} does not define loss()")
+
+    def stats(self, rows: Rows, **batch: Any) -> dict[str, Tensor]:
+        """Statistics of a batch, under the names TRL logs. Rows are detached."""
+        return {}
+
+    def prepare(self, layout: Layout, ref_logps: Tensor | None, **batch: Any) -> dict[str, Any]:
+        """Check the batch's own arguments and give them the shape ``loss`` wants.
+
+        Runs before any log-prob is computed.
+        """
+        if self.needs_reference:
+            self.require_ref_logps(ref_logps)
+        return batch
+
+    def anchor(self, logps: Tensor, ref_logps: Tensor | None, **batch: Any) -> Tensor:
+        """The log-probs that the log-ratio is taken to."""
+        return ref_logps
+
+    # Entry points
+
+    def from_logps(
+        self,
+        policy_logps: Tensor,
+        ref_logps: Tensor | None,
+        mask: Tensor,
+        *,
+        entropy: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        **batch: Any,
+    ) -> Result:
+        """Loss from per-token log-probs.
+
+        Args:
+            policy_logps: ``log π_θ(y_t | …)``, ``[B, T]``, or ``[N]`` packed; float32 or float64
+                (halves are computed in float32).
+            ref_logps: the same of the reference; None for reference-free objectives.
+            mask: completion tokens, same shape, bool or 0/1.
+            entropy: entropy of each row in nats, same shape; for objectives with an entropy bonus.
+            cu_seqlens: row offsets ``[S+1]`` of packed sequences.
+            **batch: what the objective needs besides, see its own documentation.
+
+        Returns:
+            The loss, a differentiable scalar, and a dict of detached statistics.
+
+        Raises:
+            ValueError: shapes, dtypes or devices do not fit; something needed is missing.
+        """
+        checks.require_floating(policy_logps=policy_logps, entropy=entropy)
+        checks.require(
+            policy_logps.shape == mask.shape,
+            f"policy_logps and mask must have the same shape, got {list(policy_logps.shape)} and "
+            f"{list(mask.shape)}",
+        )
+        checks.require_same_device(policy_logps=policy_logps, mask=mask, entropy=entropy)
+        problem = self._problem(Layout.of(mask, cu_seqlens), ref_logps, batch)
+        checks.require(
+            entropy is not None or not self.needs_entropy,
+            f"{type(self).__name__} has an entropy bonus: from_logps needs entropy=…",
+        )
+        return finish(problem, policy_logps, entropy if self.needs_entropy else None)
+
+    def from_logits(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        ref_logps: Tensor | None = None,
+        *,
+        temperature: float | Tensor = 1.0,
+        cu_seqlens: Tensor | None = None,
+        backend: str | None = None,
+        **batch: Any,
+    ) -> Result:
+        """Loss from logits.
+
+        Args:
+            logits: ``[B, T, V]``, or ``[N, V]`` packed. Row ``t`` predicts ``labels[t]``.
+            labels: integer ``[B, T]`` or ``[N]``; -100 marks rows outside the completion.
+            ref_logps: log-probs of the reference, shape of ``labels``, at the same temperature.
+            temperature: divides the logits; a float, or a tensor with one value a row.
+            cu_seqlens, **batch: see :meth:`from_logps`.
+            backend: "triton" or "torch"; None chooses by device.
+
+        Returns, raises: see :meth:`from_logps`.
+        """
+        layout = Layout.of(labels != IGNORE_INDEX, cu_seqlens)
+        ops.check_logits(logits, labels, temperature)
+        problem = self._problem(layout, ref_logps, batch)
+        result = ops.token_logps(
+            logits, labels, temperature, return_entropy=self.needs_entropy, backend=backend
+        )
+        return finish(problem, *(result if self.needs_entropy else (result, None)))
+
+    def from_hidden(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        ref_logps: Tensor | None = None,
+        *,
+        bias: Tensor | None = None,
+        temperature: float | Tensor = 1.0,
+        logit_scale: float = 1.0,
+        logit_softcap: float | None = None,
+        cu_seqlens: Tensor | None = None,
+        workspace_bytes: int = ops.WORKSPACE_BYTES,
+        **batch: Any,
+    ) -> Result:
+        """Loss from hidden states and the output head, never holding all logits.
+
+        Args:
+            hidden: ``[B, T, H]``, or ``[N, H]`` packed. Row ``t`` predicts ``labels[t]``.
+            weight: the head's weight, ``[V, H]``.
+            labels, ref_logps, temperature, cu_seqlens, **batch: see :meth:`from_logits`.
+            bias: the head's bias, ``[V]``.
+            logit_scale: multiplies the logits (Cohere).
+            logit_softcap: ``cap · tanh(logits / cap)`` after the scale (Gemma 2).
+            workspace_bytes: bound of the memory for logits.
+
+        Returns, raises: see :meth:`from_logps`.
+        """
+        layout = Layout.of(labels != IGNORE_INDEX, cu_seqlens)
+        head = ops.Head(bias, temperature, logit_scale, logit_softcap)
+        ops.check_hidden(hidden, weight, labels, head)
+        problem = self._problem(layout, ref_logps, batch)
+        return ops.linear_objective(problem, hidden, weight, labels, head, workspace_bytes)
+
+    def _problem(self, layout: Layout, ref_logps: Tensor | None, batch: dict[str, Any]) -> Problem:
+        if ref_logps is not None:
+            checks.require_floating(ref_logps=ref_logps)
+            checks.require(
+                tuple(ref_logps.shape) == layout.shape,
+                f"ref_logps must have the rows' shape {list(layout.shape)}, got "
+                f"{list(ref_logps.shape)}",
+            )
+            checks.require_same_device(rows=layout.mask, ref_logps=ref_logps)
+            ref_logps = at_least_float32(ref_logps.detach()).reshape(-1)
+        return Problem(self, layout, ref_logps, self.prepare(layout, ref_logps, **batch))
+
+    def require_ref_logps(self, ref_logps: Tensor | None) -> None:
+        """For ``prepare``: the objective cannot do without the reference's log-probs."""
+        checks.require(
+            ref_logps is not None,
+            f"{type(self).__name__} compares the policy with a reference: it needs ref_logps",
+        )
+
+
+@dataclass(frozen=True)
+class TokenObjective(Objective):
+    """An objective whose gradient on a row depends on that row alone: subclass it and define
+    :meth:`token_loss`. Tensors of the batch come to it as row values."""
+
+    token_level: ClassVar[bool] = True
+
+    def token_loss(self, rows: Rows, **batch: Any) -> Tensor:
+        """Each row's share ``[n]`` of the loss; their sum is the loss. Masked rows are ignored.
+
+        ``rows.token_mean`` and ``rows.sequence_mean`` turn per-token values into such shares.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not define token_loss()")
+
+    def loss(self, rows: Rows, **batch: Any) -> Tensor:
+        return torch.where(rows.mask, self.token_loss(rows, **batch), 0).sum()
+
+    def prepare(self, layout: Layout, ref_logps: Tensor | None, **batch: Any) -> dict[str, Any]:
+        """As in :class:`Objective`; besides, every tensor becomes flat row values ``[N]``."""
+        return row_values(layout, super().prepare(layout, ref_logps, **batch))
+
+
+def row_values(layout: Layout, batch: dict[str, Any]) -> dict[str, Any]:
+    """The batch with its tensors as flat row values ``[N]``, per-sequence ones repeated."""
+    return {
+        name: layout.rows(x, name) if isinstance(x, Tensor) and x.dim() else x
+        for name, x in batch.items()
+    }

@@ -1,0 +1,279 @@
+"""GRPO and its relatives: clipped policy-gradient surrogates on token log-ratios."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from humanline import checks
+from humanline.dtypes import at_least_float32
+from humanline.objectives.base import TokenObjective, row_values
+from humanline.rows import Layout, Rows
+
+
+@dataclass(frozen=True)
+class PolicyObjective(TokenObjective):
+    """What GRPO and PPO share: advantages, the policy the ratio is taken to, entropy bonus.
+
+    Batch arguments:
+        advantages: ``[S]`` or row-shaped.
+        old_logps: log-probs the ratio ``r = exp(c)`` is taken to, row-shaped. Left out, it is taken
+            to ``ref_logps`` (humanline: the synced reference); with neither, or with
+            ``old_logps="policy"``, to the policy itself (exactly on-policy: ``r = 1``).
+    """
+
+    epsilon: float = 0.2
+    epsilon_high: float | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("epsilon", "epsilon_high"):
+            value = getattr(self, name)
+            if value is not None and not value >= 0:
+                raise ValueError(f"{name} must not be negative, got {value}")
+
+    @property
+    def upper_epsilon(self) -> float:
+        return self.epsilon if self.epsilon_high is None else self.epsilon_high
+
+    @property
+    def needs_entropy(self) -> bool:
+        return self.entropy_coef != 0
+
+    def prepare(
+        self,
+        layout: Layout,
+        ref_logps: Tensor | None,
+        *,
+        advantages: Tensor | None = None,
+        old_logps: Tensor | str | None = None,
+        **batch: Any,
+    ) -> dict[str, Any]:
+        name = type(self).__name__
+        checks.require(advantages is not None, f"{name} needs advantages, [S] or one a row")
+        if self.beta != 0:
+            self.require_ref_logps(ref_logps)
+        if isinstance(old_logps, str):
+            checks.require(
+                old_logps == "policy",
+                f'old_logps must be a tensor or "policy", got {old_logps!r}',
+            )
+        elif old_logps is not None:
+            checks.require_floating(old_logps=old_logps)
+            old_logps = at_least_float32(old_logps.detach())
+        checks.require_floating(advantages=advantages)
+        advantages = at_least_float32(advantages.detach())
+        checks.require_same_device(
+            rows=layout.mask,
+            advantages=advantages,
+            old_logps=old_logps if isinstance(old_logps, Tensor) else None,
+        )
+        return row_values(layout, {"advantages": advantages, "old_logps": old_logps, **batch})
+
+    def anchor(self, logps, ref_logps, *, old_logps=None, **batch) -> Tensor:
+        if isinstance(old_logps, Tensor):
+            return old_logps
+        return logps.detach() if old_logps == "policy" or ref_logps is None else ref_logps
+
+    def minus_entropy_bonus(self, rows: Rows) -> Tensor | float:
+        """Each row's share of ``−entropy_coef · mean entropy``, the mean over completion tokens."""
+        return -self.entropy_coef * rows.token_mean(rows.entropy) if self.needs_entropy else 0.0
+
+
+def clipped_surrogate(
+    ratio: Tensor, advantages: Tensor, low: float, high: float, delta: float | None = None
+) -> Tensor:
+    """``−min(A·r, A·clamp(r, 1−low, 1+high))``; ``delta`` bounds the first ``r`` from above."""
+    clipped = ratio.clamp(1 - low, 1 + high)
+    if delta is not None:
+        ratio = ratio.clamp(max=delta)
+    return -torch.minimum(ratio * advantages, clipped * advantages)
+
+
+def k3(d: Tensor) -> Tensor:
+    """Schulman's unbiased, non-negative estimate of ``KL(π_θ ‖ π_ref)`` from ``d``."""
+    return torch.exp(-d) + d - 1
+
+
+@dataclass(frozen=True)
+class GRPO(PolicyObjective):
+    """Group relative policy optimization (arXiv 2402.03300) and the losses TRL groups with it.
+
+    Per token ``−min(A r, A clamp(r, 1−ε, 1+ε_high)) + β·k3``, with ``r = exp(c)``. The k3 penalty
+    is taken on the unperceived log-ratio to the reference.
+
+    Args:
+        epsilon: ``ε``, lower clipping range.
+        epsilon_high: upper clipping range, ``epsilon`` if None. For ``cispo``, the bound itself.
+        delta: upper bound of the unclipped ratio (two-sided clipping, INTELLECT-2).
+        beta: weight of the KL penalty; other than 0, ``ref_logps`` are needed.
+        loss_type: the loss of a token and its normaliser, as TRL defines them: "grpo" (mean over
+            sequences of token means), "bnpo" (mean over tokens), "dr_grpo" (sum over sequences ×
+            ``max_completion_length``), "dapo" (sum over ``num_items_in_batch``), "cispo" (dapo's
+            normaliser, detached clamped ratio), "sapo" (sigmoid gate), "luspo" (sum over tokens,
+            mean over sequences), "vespo" (gamma weights of the sequence ratio).
+        importance_sampling_level: "token", or "sequence" (GSPO, arXiv 2507.18071): one ratio a
+            sequence, from the mean of its perceived log-ratios.
+        use_bias_correction_kl: multiply the penalty by the ratio, as TRL does.
+        max_completion_length: ``dr_grpo``'s constant length, in tokens.
+        entropy_coef: weight of the entropy bonus.
+        sapo_temperature_pos, sapo_temperature_neg: ``sapo``'s gate, by sign of the advantage.
+        vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg: ``vespo``'s weights.
+
+    Batch arguments: :class:`PolicyObjective`'s, and
+        num_items_in_batch: normaliser of "dapo", "cispo" and "vespo": completion tokens in the
+            whole accumulated batch; this batch's if left out.
+
+    Raises:
+        ValueError: an unknown name, a missing ``max_completion_length``, missing batch arguments.
+    """
+
+    delta: float | None = None
+    beta: float = 0.0
+    loss_type: str = "grpo"
+    importance_sampling_level: str = "token"
+    use_bias_correction_kl: bool = True
+    max_completion_length: int | None = None
+    entropy_coef: float = 0.0
+    sapo_temperature_pos: float = 1.0
+    sapo_temperature_neg: float = 1.05
+    vespo_k_pos: float = 2.0
+    vespo_lambda_pos: float = 3.0
+    vespo_k_neg: float = 3.0
+    vespo_lambda_neg: float = 2.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.loss_type not in SHARES:
+            raise ValueError(
+                f"unknown GRPO loss_type {self.loss_type!r}; known: {', '.join(SHARES)}"
+            )
+        if self.importance_sampling_level not in ("token", "sequence"):
+            raise ValueError(
+                'importance_sampling_level must be "token" or "sequence", got '
+                f"{self.importance_sampling_level!r}"
+            )
+        if self.loss_type == "dr_grpo" and self.max_completion_length is None:
+            raise ValueError('loss_type "dr_grpo" needs max_completion_length, its constant length')
+
+    @property
+    def token_level(self) -> bool:
+        return self.importance_sampling_level == "token" and self.loss_type != "vespo"
+
+    def prepare(
+        self,
+        layout: Layout,
+        ref_logps: Tensor | None,
+        *,
+        num_items_in_batch: int | Tensor | None = None,
+        **batch: Any,
+    ) -> dict[str, Any]:
+        return super().prepare(layout, ref_logps, num_items_in_batch=num_items_in_batch, **batch)
+
+    def token_loss(self, rows: Rows, advantages, old_logps, num_items_in_batch) -> Tensor:
+        ratio = self._ratio(rows)
+        loss = self._policy_loss(rows, ratio, advantages)
+        if self.beta != 0:
+            loss = loss + self.beta * self._kl(rows, ratio)
+        share = SHARES[self.loss_type](rows, loss, self, num_items_in_batch)
+        return share + self.minus_entropy_bonus(rows)
+
+    def _ratio(self, rows: Rows) -> Tensor:
+        if self.importance_sampling_level == "token":
+            return rows.log_ratio.exp()
+        return rows.expand(rows.mean(rows.log_ratio)).exp()
+
+    def _kl(self, rows: Rows, ratio: Tensor) -> Tensor:
+        kl = k3(rows.logps - rows.ref_logps)
+        return kl * ratio if self.use_bias_correction_kl else kl
+
+    def _policy_loss(self, rows: Rows, ratio: Tensor, advantages: Tensor) -> Tensor:
+        if self.loss_type == "cispo":
+            return -ratio.clamp(max=self.upper_epsilon).detach() * advantages * rows.logps
+        if self.loss_type == "sapo":
+            return -self._sapo_gate(ratio, advantages) * advantages
+        if self.loss_type == "vespo":
+            return -self._vespo_weight(rows, advantages) * advantages * rows.logps
+        return clipped_surrogate(ratio, advantages, self.epsilon, self.upper_epsilon, self.delta)
+
+    def _sapo_gate(self, ratio: Tensor, advantages: Tensor) -> Tensor:
+        temperature = _choose(
+            advantages > 0, self.sapo_temperature_pos, self.sapo_temperature_neg, ratio.dtype
+        )
+        return torch.sigmoid(temperature * (ratio - 1)) * 4 / temperature
+
+    def _vespo_weight(self, rows: Rows, advantages: Tensor) -> Tensor:
+        """``φ(w) = e^λ w^k e^{−λw}`` of the sequence ratio ``w``, detached, one value a row."""
+        bounded = rows.log_ratio.detach().clamp(-20, 20)
+        log_w = rows.expand(rows.sum(bounded).clamp(math.log(1e-8), 20))
+        gain = advantages >= 0
+        k = _choose(gain, self.vespo_k_pos, self.vespo_k_neg, log_w.dtype)
+        lam = _choose(gain, self.vespo_lambda_pos, self.vespo_lambda_neg, log_w.dtype)
+        log_phi = lam.clamp(min=1e-4) * (1 - log_w.exp()) + k * log_w
+        return log_phi.exp().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+
+    def stats(self, rows: Rows, advantages, old_logps, num_items_in_batch) -> dict[str, Tensor]:
+        ratio = self._ratio(rows)
+        stats = {}
+        if self.beta != 0:
+            stats["kl"] = rows.token_mean(self._kl(rows, ratio)).sum()
+        if rows.entropy is not None:
+            stats["entropy"] = rows.token_mean(rows.entropy).sum()
+        if self.loss_type == "cispo":
+            clipped = (ratio > self.upper_epsilon) & (advantages > 0)
+            stats["cispo_clip_ratio"] = rows.token_mean(clipped.to(ratio.dtype)).sum()
+        elif self.loss_type == "vespo":
+            weight = self._vespo_weight(rows, advantages)
+            stats["vespo/phi_seq_mean"] = rows.mean(torch.where(rows.mask, weight, 0)).mean()
+        elif self.loss_type != "sapo":
+            stats |= clip_stats(rows, ratio, advantages, self.epsilon, self.upper_epsilon)
+        return stats
+
+
+def _choose(condition: Tensor, yes: float, no: float, dtype: torch.dtype) -> Tensor:
+    """``torch.where`` of two numbers, which by itself would round them to float32."""
+    yes, no = (torch.full((), x, dtype=dtype, device=condition.device) for x in (yes, no))
+    return torch.where(condition, yes, no)
+
+
+def clip_stats(rows: Rows, ratio: Tensor, advantages: Tensor, low: float, high: float) -> dict:
+    """TRL's clip ratios: completion tokens whose surrogate is clipped."""
+    too_low = rows.mask & (ratio < 1 - low) & (advantages < 0)
+    too_high = rows.mask & (ratio > 1 + high) & (advantages > 0)
+    too_low, too_high = (x.to(ratio.dtype) for x in (too_low, too_high))
+    return {
+        "clip_ratio/low_mean": rows.token_mean(too_low).sum(),
+        "clip_ratio/low_min": rows.mean(too_low).amin(),
+        "clip_ratio/high_mean": rows.token_mean(too_high).sum(),
+        "clip_ratio/high_max": rows.mean(too_high).amax(),
+        "clip_ratio/region_mean": rows.token_mean(too_low + too_high).sum(),
+    }
+
+
+# Each loss type's normaliser: (rows, per-token loss, objective, num_items_in_batch) -> row shares.
+
+
+def _over_items(rows: Rows, loss: Tensor, objective: GRPO, num_items) -> Tensor:
+    if num_items is None:
+        return rows.token_mean(loss)
+    if isinstance(num_items, Tensor):
+        return loss / num_items.clamp(min=1)
+    return loss / max(num_items, 1)
+
+
+def _over_constant_length(rows: Rows, loss: Tensor, objective: GRPO, num_items) -> Tensor:
+    return loss / (max(rows.num_sequences, 1) * objective.max_completion_length)
+
+
+SHARES = {
+    "grpo": lambda rows, loss, objective, num_items: rows.sequence_mean(loss),
+    "sapo": lambda rows, loss, objective, num_items: rows.sequence_mean(loss),
+    "bnpo": lambda rows, loss, objective, num_items: rows.token_mean(loss),
+    "luspo": lambda rows, loss, objective, num_items: loss / max(rows.num_sequences, 1),
+    "dr_grpo": _over_constant_length,
+    "dapo": _over_items,
+    "cispo": _over_items,
+    "vespo": _over_items,
+}

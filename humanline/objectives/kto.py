@@ -1,0 +1,117 @@
+"""KTO: a loss on single sequences, each labelled desirable or undesirable."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from humanline import checks
+from humanline.distributed import mean_over_ranks
+from humanline.dtypes import at_least_float32
+from humanline.objectives.base import Objective
+from humanline.rows import Layout, Rows
+
+
+@dataclass(frozen=True)
+class KTO(Objective):
+    """Kahneman-Tversky optimization (arXiv 2402.01306).
+
+    With the reference point ``z0 = max(0, mean R^KL)`` over mismatched prompt-completion pairs, the
+    loss is the mean over sequences of ``w_D (1 − σ(β (R − z0)))`` for desirable ones and ``w_U (1 −
+    σ(β (z0 − R)))`` for undesirable ones.
+
+    Batch arguments:
+        desirable: bool ``[S]``.
+        z0: the reference point, a scalar; or, to have it computed (perceived, averaged over ranks,
+            clamped at 0):
+        kl_logps, kl_ref_logps, kl_mask: log-probs of the mismatched pairs, ``[S', T']``, or packed
+            together with ``kl_cu_seqlens``.
+
+    Args:
+        beta: strength of the pull towards the reference.
+        desirable_weight: ``w_D``.
+        undesirable_weight: ``w_U``.
+        loss_type: "kto", or "apo_zero_unpaired" (arXiv 2408.06266), which uses no reference point.
+    """
+
+    beta: float = 0.1
+    desirable_weight: float = 1.0
+    undesirable_weight: float = 1.0
+    loss_type: str = "kto"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.loss_type not in ("kto", "apo_zero_unpaired"):
+            raise ValueError(
+                f"unknown KTO loss_type {self.loss_type!r}; known: kto, apo_zero_unpaired"
+            )
+
+    def prepare(
+        self,
+        layout: Layout,
+        ref_logps: Tensor | None,
+        *,
+        desirable: Tensor | None = None,
+        z0: float | Tensor | None = None,
+        kl_logps: Tensor | None = None,
+        kl_ref_logps: Tensor | None = None,
+        kl_mask: Tensor | None = None,
+        kl_cu_seqlens: Tensor | None = None,
+    ) -> dict[str, Any]:
+        self.require_ref_logps(ref_logps)
+        checks.require(desirable is not None, "KTO needs desirable, a bool tensor [S]")
+        checks.require(
+            tuple(desirable.shape) == (layout.num_sequences,),
+            f"desirable must have shape {[layout.num_sequences]}, got {list(desirable.shape)}",
+        )
+        checks.require_same_device(rows=layout.mask, desirable=desirable)
+        if self.loss_type == "apo_zero_unpaired":
+            z0 = 0.0
+        elif z0 is None:
+            z0 = self._reference_point(kl_logps, kl_ref_logps, kl_mask, kl_cu_seqlens)
+        return {"desirable": desirable.to(torch.bool), "z0": z0}
+
+    def _reference_point(self, logps, ref_logps, mask, cu_seqlens) -> Tensor:
+        missing = [
+            name
+            for name, x in (("kl_logps", logps), ("kl_ref_logps", ref_logps), ("kl_mask", mask))
+            if x is None
+        ]
+        checks.require(
+            not missing,
+            f"KTO needs its reference point: z0, or kl_logps, kl_ref_logps and kl_mask of "
+            f"mismatched pairs; missing {', '.join(missing)}",
+        )
+        checks.require(
+            logps.shape == ref_logps.shape == mask.shape,
+            f"kl_logps, kl_ref_logps and kl_mask must have one shape, got {list(logps.shape)}, "
+            f"{list(ref_logps.shape)} and {list(mask.shape)}",
+        )
+        layout = Layout.of(mask, cu_seqlens)
+        logps, ref_logps = (at_least_float32(x.detach()).reshape(-1) for x in (logps, ref_logps))
+        d = torch.where(layout.mask, logps - ref_logps, 0)
+        c = torch.where(layout.mask, self.perception.perceive(d, layout.mask)[0], 0)
+        return mean_over_ranks(layout.sum(c).mean()).clamp(min=0)
+
+    def loss(self, rows: Rows, desirable: Tensor, z0: float | Tensor) -> Tensor:
+        margin = self.beta * (rows.sum(rows.log_ratio) - z0)
+        gain = self.desirable_weight * (1 - torch.sigmoid(margin))
+        loss = self.undesirable_weight * (1 - torch.sigmoid(-margin))
+        return torch.where(desirable, gain, loss).mean()
+
+    def stats(self, rows: Rows, desirable: Tensor, z0: float | Tensor) -> dict[str, Tensor]:
+        rewards, logps = self.beta * rows.sum(rows.log_ratio), rows.sum(rows.logps)
+
+        def mean(x, keep):
+            return torch.where(keep, x, 0).sum() / keep.sum()  # NaN where there are none, as in TRL
+
+        chosen, rejected = mean(rewards, desirable), mean(rewards, ~desirable)
+        return {
+            "rewards/chosen": chosen,
+            "rewards/rejected": rejected,
+            "rewards/margins": chosen - rejected,
+            "logps/chosen": mean(logps, desirable),
+            "logps/rejected": mean(logps, ~desirable),
+            "kl": torch.as_tensor(z0, dtype=rewards.dtype, device=rewards.device),
+        }

@@ -1,0 +1,69 @@
+"""SimPO and SLiC-HF: losses on preference pairs that need no reference."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from humanline.objectives.base import Objective
+from humanline.objectives.dpo import check_pairs, pair_stats
+from humanline.rows import Layout, Rows
+
+
+@dataclass(frozen=True)
+class _ReferenceFreePairs(Objective):
+    needs_reference: ClassVar[bool] = False
+
+    def prepare(self, layout: Layout, ref_logps: Tensor | None) -> dict[str, Any]:
+        check_pairs(layout, type(self).__name__)
+        return {}
+
+    def scores(self, rows: Rows) -> tuple[Tensor, Tensor]:
+        """Implicit rewards ``[S/2]`` of the chosen and the rejected sequences."""
+        raise NotImplementedError
+
+    def stats(self, rows: Rows) -> dict[str, Tensor]:
+        half = rows.num_sequences // 2
+        return pair_stats(*self.scores(rows), *rows.sum(rows.logps).split(half))
+
+
+@dataclass(frozen=True)
+class SimPO(_ReferenceFreePairs):
+    """SimPO (arXiv 2405.14734): ``−log σ(β (mean logp_w − mean logp_l) − γ)``, mean over pairs.
+
+    Args:
+        beta: scale of the length-normalised log-probs (the paper: 2 to 10).
+        gamma: target reward margin.
+    """
+
+    beta: float = 2.0
+    gamma: float = 0.5
+
+    def scores(self, rows: Rows) -> tuple[Tensor, Tensor]:
+        return (self.beta * rows.mean(rows.logps)).split(rows.num_sequences // 2)
+
+    def loss(self, rows: Rows) -> Tensor:
+        chosen, rejected = self.scores(rows)
+        return -F.logsigmoid(chosen - rejected - self.gamma).mean()
+
+
+@dataclass(frozen=True)
+class SLiC(_ReferenceFreePairs):
+    """SLiC-HF (arXiv 2305.10425): ``max(0, δ − logp_w + logp_l) − λ logp_w``, mean over pairs.
+
+    Args:
+        delta: margin of the sequence log-probs, in nats.
+        lambda_coef: weight of the log-likelihood of the chosen sequences.
+    """
+
+    delta: float = 1.0
+    lambda_coef: float = 0.1
+
+    def scores(self, rows: Rows) -> tuple[Tensor, Tensor]:
+        return rows.sum(rows.logps).split(rows.num_sequences // 2)
+
+    def loss(self, rows: Rows) -> Tensor:
+        chosen, rejected = self.scores(rows)
+        return (torch.relu(self.delta - chosen + rejected) - self.lambda_coef * chosen).mean()

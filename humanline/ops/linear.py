@@ -1,0 +1,168 @@
+"""``linear_token_logps``: log-probs from hidden states and a head's weight, differentiable.
+
+The forward is one GEMM, a block of rows at a time. The backward recomputes the logits of those rows
+whose incoming gradient is not 0, and only of those: 1F + 3F·active, F being one N×H×V GEMM.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from humanline.dtypes import compute_dtype
+from humanline.ops.head import (
+    MAX_BLOCK_ROWS,
+    WORKSPACE_BYTES,
+    Head,
+    HeadBlock,
+    add_weight_gradient_,
+    block_rows,
+    check_hidden,
+    hidden_gradient,
+)
+from humanline.ops.softmax import SoftmaxBlock
+from humanline.rows import IGNORE_INDEX
+from humanline.seam import Coefficients
+
+
+def linear_token_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    *,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    return_entropy: bool = False,
+    workspace_bytes: int = WORKSPACE_BYTES,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Log-probs of ``labels`` under the head ``softmax((hidden @ weight.T + bias) / temperature)``.
+
+    Never holds all logits: at most ``workspace_bytes`` of them.
+
+    Args:
+        hidden: ``[..., H]``. Row ``t`` predicts ``labels[t]``.
+        weight: ``[V, H]``.
+        labels: integer ``[...]``; rows labelled -100 give 0, take no gradient and cost nothing.
+        bias: ``[V]``.
+        temperature: a float, or a tensor with one value a row, ``[...]``.
+        logit_scale: multiplies the logits.
+        logit_softcap: ``cap · tanh(logits / cap)`` after the scale.
+        return_entropy: also return the entropy of each row, in nats.
+        workspace_bytes: bound of the memory for logits.
+
+    Returns:
+        ``[...]`` log-probs in nats, float32 (float64 from float64); with ``return_entropy`` a tuple
+        of log-probs and entropies. Differentiable with respect to hidden, weight and bias.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit; a label outside ``[0, V)`` that is not
+            -100; a workspace that does not hold one row.
+    """
+    head = Head(bias, temperature, logit_scale, logit_softcap)
+    check_hidden(hidden, weight, labels, head)
+    hidden, weight = under_autocast(hidden, weight)
+    logps, entropy = _LinearTokenLogps.apply(
+        hidden.reshape(-1, hidden.shape[-1]),
+        weight,
+        bias,
+        labels.reshape(-1),
+        head.for_rows(labels),
+        return_entropy,
+        workspace_bytes,
+    )
+    logps = logps.view(labels.shape)
+    return (logps, entropy.view(labels.shape)) if return_entropy else logps
+
+
+def under_autocast(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Cast as autocast does for a linear layer, where it is on."""
+    device = hidden.device.type
+    if not torch.is_autocast_enabled(device):
+        return hidden, weight
+    dtype = torch.get_autocast_dtype(device)
+    return hidden.to(dtype), weight.to(dtype)
+
+
+def row_blocks(labels: Tensor, rows: int) -> tuple[Tensor, ...]:
+    """Indices of the unmasked rows, split into blocks. Reads their number from the device."""
+    return (labels != IGNORE_INDEX).nonzero().squeeze(1).split(rows)
+
+
+@dataclass
+class HeadGradients:
+    """Gradients summed up block by block: of the weight, of the bias; None if not asked for."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+
+    @classmethod
+    def zeros(cls, weight: Tensor, bias: Tensor | None, need_weight: bool, need_bias: bool):
+        dtype = compute_dtype(weight.dtype)
+        return cls(
+            torch.zeros_like(weight, dtype=dtype) if need_weight else None,
+            torch.zeros_like(bias, dtype=dtype) if need_bias else None,
+        )
+
+    def add(self, dz: Tensor, scale: Tensor, h: Tensor) -> None:
+        """Add a block: ``dz [n, V]``, its rows still to be multiplied by ``scale [n]``."""
+        if self.weight is not None:
+            add_weight_gradient_(self.weight, dz, scale, h)
+        if self.bias is not None:
+            self.bias.addmv_(dz.T, scale)
+
+
+def split_scale(coefficients: Coefficients) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """A row's coefficients as (scale, of_logp, of_entropy), the latter two within [-1, 1].
+
+    Without entropy the scale is the coefficient itself and ``of_logp`` is None for 1: then ``dz``
+    does not depend on the coefficient at all.
+    """
+    g, g_entropy = coefficients.logps, coefficients.entropy
+    if g_entropy is None:
+        return g, None, None
+    scale = torch.maximum(g.abs(), g_entropy.abs())
+    safe = scale.clamp(min=torch.finfo(scale.dtype).tiny)
+    return scale, g / safe, g_entropy / safe
+
+
+class _LinearTokenLogps(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, labels, head, with_entropy, workspace_bytes):
+        rows = min(block_rows(weight, 1 + with_entropy, workspace_bytes), MAX_BLOCK_ROWS)
+        logps = hidden.new_zeros(len(labels), dtype=compute_dtype(weight.dtype))
+        entropy = torch.zeros_like(logps) if with_entropy else None
+        for index in row_blocks(labels, rows):
+            block = HeadBlock(hidden, weight, head, index)
+            softmax = SoftmaxBlock(block.logits, labels[index].long(), with_entropy)
+            logps[index] = softmax.logps
+            if with_entropy:
+                entropy[index] = softmax.entropy
+        ctx.save_for_backward(hidden, weight, bias, labels)
+        ctx.head, ctx.with_entropy, ctx.rows = head, with_entropy, rows
+        return logps, entropy
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g, g_entropy):
+        hidden, weight, bias, labels = ctx.saved_tensors
+        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
+        coefficients = Coefficients(g, g_entropy if ctx.with_entropy else None)
+        dh = torch.zeros_like(hidden) if need_hidden else None
+        sums = HeadGradients.zeros(weight, bias, need_weight, need_bias)
+        active = coefficients.active() & (labels != IGNORE_INDEX)
+        for index in active.nonzero().squeeze(1).split(ctx.rows):
+            block = HeadBlock(hidden, weight, ctx.head, index)
+            softmax = SoftmaxBlock(block.logits, labels[index].long(), ctx.with_entropy)
+            scale, of_logp, of_entropy = split_scale(coefficients.take(index))
+            dz = block.through_options_(softmax.gradient(of_logp, of_entropy))
+            sums.add(dz, scale, block.hidden)
+            if need_hidden:
+                dh[index] = (hidden_gradient(dz, weight) * scale[:, None]).to(dh.dtype)
+        return (
+            dh,
+            sums.weight.to(weight.dtype) if need_weight else None,
+            sums.bias.to(bias.dtype) if need_bias else None,
+            *[None] * 4,
+        )

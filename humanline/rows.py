@@ -1,0 +1,213 @@
+"""How rows (tokens) fall into sequences: padded ``[B, T]`` or packed ``[N]`` with ``cu_seqlens``.
+
+Everything above this file works on flat rows ``[N]`` and per-sequence values ``[S]``; this is the
+only place that knows which of the two layouts they came from.
+"""
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from humanline.checks import require
+
+IGNORE_INDEX = -100
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Completion mask of flat rows, and their grouping into sequences.
+
+    Attributes:
+        mask: bool ``[N]``, True on completion tokens.
+        shape: the caller's row shape, ``(B, T)`` or ``(N,)``.
+        cu_seqlens: int64 ``[S+1]`` row offsets of packed sequences, or None when padded.
+    """
+
+    mask: Tensor
+    shape: tuple[int, ...]
+    cu_seqlens: Tensor | None = None
+
+    @classmethod
+    def of(cls, mask: Tensor, cu_seqlens: Tensor | None) -> "Layout":
+        """Layout of a completion mask (any dtype) of shape ``[B, T]``, or ``[N]`` when packed.
+
+        Raises:
+            ValueError: the mask's shape and ``cu_seqlens`` do not fit each other.
+        """
+        if cu_seqlens is None:
+            require(
+                mask.dim() == 2,
+                f"rows must have shape [B, T], or [N] together with cu_seqlens; got "
+                f"{list(mask.shape)} and no cu_seqlens",
+            )
+        else:
+            _check_cu_seqlens(mask, cu_seqlens)
+            cu_seqlens = cu_seqlens.to(torch.int64)
+        return cls(mask.reshape(-1).to(torch.bool), tuple(mask.shape), cu_seqlens)
+
+    @property
+    def num_sequences(self) -> int:
+        return self.shape[0] if self.cu_seqlens is None else self.cu_seqlens.numel() - 1
+
+    @cached_property
+    def tokens(self) -> Tensor:
+        """Number of completion tokens, int64 scalar tensor."""
+        return self.mask.sum()
+
+    @cached_property
+    def lengths(self) -> Tensor:
+        """Completion tokens of each sequence, int64 ``[S]``."""
+        return self.sum(self.mask.to(torch.float64)).to(torch.int64)
+
+    @cached_property
+    def sequence_of_row(self) -> Tensor:
+        """Index of each row's sequence, int64 ``[N]``."""
+        row = torch.arange(self.mask.numel(), device=self.mask.device)
+        if self.cu_seqlens is None:
+            return row // max(self.shape[1], 1)
+        return torch.searchsorted(self.cu_seqlens, row, right=True) - 1
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Sum of row values ``[N]`` over each sequence: ``[S]``."""
+        if self.cu_seqlens is None:
+            return x.view(self.shape).sum(1)
+        return _SegmentSum.apply(x, self.cu_seqlens, self.sequence_of_row)
+
+    def mean(self, x: Tensor) -> Tensor:
+        """Sum of row values over each sequence, divided by its completion tokens (0 if none)."""
+        return self.sum(x) / self.lengths.clamp(min=1)
+
+    def expand(self, x: Tensor) -> Tensor:
+        """Per-sequence values ``[S]`` repeated on their rows: ``[N]``."""
+        if self.cu_seqlens is None:
+            return x[:, None].expand(self.shape).reshape(-1)
+        return _SegmentExpand.apply(x, self.cu_seqlens, self.sequence_of_row)
+
+    def rows(self, x: Tensor, name: str) -> Tensor:
+        """``x`` as flat rows ``[N]``, from row values or from one value a sequence.
+
+        Raises:
+            ValueError: ``x`` has neither shape.
+        """
+        if x.shape == (self.num_sequences,):
+            return self.expand(x)
+        require(
+            tuple(x.shape) == self.shape,
+            f"{name} must have shape {[self.num_sequences]} (one a sequence) or "
+            f"{list(self.shape)} (one a row), got {list(x.shape)}",
+        )
+        return x.reshape(-1)
+
+
+def _check_cu_seqlens(mask: Tensor, cu_seqlens: Tensor) -> None:
+    require(
+        mask.dim() == 1,
+        f"packed rows must have shape [N] when cu_seqlens is given, got {list(mask.shape)}",
+    )
+    require(
+        cu_seqlens.dim() == 1 and cu_seqlens.numel() >= 2 and not cu_seqlens.is_floating_point(),
+        f"cu_seqlens must be an integer tensor [S+1] with S >= 1, got {cu_seqlens.dtype} "
+        f"{list(cu_seqlens.shape)}",
+    )
+    require(
+        cu_seqlens.device == mask.device,
+        f"cu_seqlens is on {cu_seqlens.device}, the rows are on {mask.device}",
+    )
+    rows = mask.numel()
+    require(
+        lambda: (
+            cu_seqlens[0] == 0 and cu_seqlens[-1] == rows and bool((cu_seqlens.diff() >= 0).all())
+        ),
+        lambda: f"cu_seqlens must rise from 0 to {rows} rows, got {cu_seqlens.tolist()}",
+        on=cu_seqlens,
+    )
+
+
+# Sum and expand are each other's backward. Written out, because autograd's own backward of an
+# indexed read is an atomic scatter on GPUs: not the same bits on a rerun.
+
+
+class _SegmentSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, cu_seqlens, sequence_of_row):
+        ctx.save_for_backward(cu_seqlens, sequence_of_row)
+        # float64: the reduction runs in order, where float32 would lose digits on long sequences
+        total = torch.segment_reduce(x.double(), "sum", offsets=cu_seqlens, initial=0, unsafe=True)
+        return total.to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _SegmentExpand.apply(grad, *ctx.saved_tensors), None, None
+
+
+class _SegmentExpand(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, cu_seqlens, sequence_of_row):
+        ctx.save_for_backward(cu_seqlens, sequence_of_row)
+        return x[sequence_of_row]
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _SegmentSum.apply(grad.contiguous(), *ctx.saved_tensors), None, None
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What an objective sees: log-probs of a block of rows, and the batch they belong to.
+
+    A token-level objective may be handed a block of rows at a time; ``tokens``, ``num_sequences``
+    and ``length`` always speak of the whole batch. :meth:`sum` and :meth:`expand` need all rows.
+
+    Attributes:
+        logps: ``log π_θ`` of each row's label, ``[n]``, 0 where masked.
+        ref_logps: the same of the reference, or None for reference-free objectives.
+        log_ratio: perceived log-ratio ``c``, ``[n]``, 0 where masked; None without a reference.
+        raw_log_ratio: log-ratio ``d`` before perception.
+        unclamped: bool ``[n]``, tokens whose gradient the perception kept.
+        entropy: entropy of each row's distribution in nats, or None if not asked for.
+        mask: bool ``[n]``, completion tokens.
+        length: completion tokens of each row's sequence, ``[n]``.
+    """
+
+    logps: Tensor
+    ref_logps: Tensor | None
+    log_ratio: Tensor | None
+    raw_log_ratio: Tensor | None
+    unclamped: Tensor | None
+    entropy: Tensor | None
+    mask: Tensor
+    length: Tensor
+    layout: Layout = field(repr=False)
+
+    @property
+    def tokens(self) -> Tensor:
+        """Completion tokens in the whole batch."""
+        return self.layout.tokens
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences in the whole batch."""
+        return self.layout.num_sequences
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Per-sequence sums ``[S]`` of row values."""
+        return self.layout.sum(x)
+
+    def mean(self, x: Tensor) -> Tensor:
+        """Per-sequence means ``[S]`` over completion tokens of row values that are 0 elsewhere."""
+        return self.layout.mean(x)
+
+    def expand(self, x: Tensor) -> Tensor:
+        """Row values ``[N]`` from per-sequence values ``[S]``."""
+        return self.layout.expand(x)
+
+    def token_mean(self, x: Tensor) -> Tensor:
+        """Each row's share of the mean of ``x`` over all completion tokens of the batch."""
+        return torch.where(self.mask, x, 0) / self.tokens.clamp(min=1)
+
+    def sequence_mean(self, x: Tensor) -> Tensor:
+        """Each row's share of the mean over sequences of their token means."""
+        share = torch.where(self.mask, x, 0) / self.length.clamp(min=1)
+        return share / max(self.num_sequences, 1)

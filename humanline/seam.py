@@ -1,0 +1,158 @@
+"""The seam: log-probs in; loss, one coefficient a row, and statistics out.
+
+The gradient of every objective with respect to the logits of row ``t`` is ``g_t (onehot(y_t) −
+softmax_t)`` (plus an entropy term if asked for), with ``g_t = ∂L/∂logp_t``. So whatever computes
+log-probs needs nothing of an objective but these ``[N]`` floats, and autograd finds them on ``[N]``
+floats, at no cost beside the rows' logits.
+"""
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from humanline.dtypes import at_least_float32
+from humanline.rows import Layout, Rows
+
+
+@dataclass(frozen=True)
+class Problem:
+    """An objective and all of a batch that is known before the policy's log-probs are.
+
+    Attributes:
+        objective: the :class:`~humanline.objectives.Objective`.
+        layout: mask and grouping of the rows.
+        ref_logps: log-probs of the reference, flat ``[N]``, or None.
+        batch: what the objective's ``prepare`` returned.
+    """
+
+    objective: Any
+    layout: Layout
+    ref_logps: Tensor | None
+    batch: dict[str, Any]
+
+    def rows(self, logps: Tensor, entropy: Tensor | None, index: Tensor | None = None) -> Rows:
+        """The rows an objective sees, from flat log-probs of all rows or of those in ``index``."""
+
+        def take(x):
+            return x if index is None or x is None else x[index]
+
+        mask = take(self.layout.mask)
+        logps = torch.where(mask, logps, 0)
+        ref_logps = d = c = unclamped = None
+        if self.ref_logps is not None:
+            ref_logps = torch.where(mask, take(self.ref_logps), 0)
+        if self.objective.needs_reference:
+            anchor = self.objective.anchor(logps, ref_logps, **self.batch_of(index))
+            d = torch.where(mask, logps - anchor, 0)
+            c, unclamped = self.objective.perception.perceive(d, mask)
+            c = torch.where(mask, c, 0)  # after perception: bounds need not bracket 0
+        length = take(self.layout.expand(self.layout.lengths))
+        return Rows(logps, ref_logps, c, d, unclamped, entropy, mask, length, self.layout)
+
+    def batch_of(self, index: Tensor | None) -> dict[str, Any]:
+        """The batch, its row tensors cut down to ``index``."""
+        if index is None:
+            return self.batch
+        return {
+            k: v[index] if isinstance(v, Tensor) and v.dim() else v for k, v in self.batch.items()
+        }
+
+    @property
+    def token_level(self) -> bool:
+        """Whether a row's coefficient depends on that row alone."""
+        return self.objective.token_level and not self.objective.perception.needs_batch
+
+    def stats(self, evaluation: "Evaluation") -> dict[str, Tensor]:
+        """The objective's statistics and the library's own, detached."""
+        rows, coefficients = evaluation.rows, evaluation.coefficients
+        with torch.no_grad():
+            rows = Rows(**{f.name: _detach(getattr(rows, f.name)) for f in fields(rows)})
+            stats = self.objective.stats(rows, **self.batch)
+            if rows.unclamped is not None:
+                kept = rows.token_mean(rows.unclamped.to(rows.logps.dtype)).sum()
+                stats["humanline/unclamped"] = kept
+            if coefficients.logps is not None:
+                stats["humanline/active_rows"] = coefficients.active().sum()
+        return stats
+
+
+@dataclass(frozen=True)
+class Coefficients:
+    """``∂L/∂logp_t`` and ``∂L/∂entropy_t`` of each row; None where not computed."""
+
+    logps: Tensor | None
+    entropy: Tensor | None
+
+    def active(self) -> Tensor:
+        """Rows that take part in the backward, bool ``[n]``."""
+        active = self.logps != 0
+        return active if self.entropy is None else active | (self.entropy != 0)
+
+    def take(self, index: Tensor) -> "Coefficients":
+        """The coefficients of some rows."""
+        entropy = None if self.entropy is None else self.entropy[index]
+        return Coefficients(self.logps[index], entropy)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What the seam gives back: the detached loss, each row's coefficients, the rows themselves."""
+
+    loss: Tensor
+    coefficients: Coefficients
+    rows: Rows
+
+
+def evaluate(
+    problem: Problem, logps: Tensor, entropy: Tensor | None, index: Tensor | None = None
+) -> Evaluation:
+    """The seam itself, for flat log-probs ``[N]`` of all rows, or of those in ``index``."""
+    objective, batch = problem.objective, problem.batch_of(index)
+    if torch.is_inference_mode_enabled():
+        rows = problem.rows(logps, entropy, index)
+        return Evaluation(objective.loss(rows, **batch), Coefficients(None, None), rows)
+    with torch.enable_grad():
+        leaves = [x.detach().requires_grad_() for x in (logps, entropy) if x is not None]
+        rows = problem.rows(leaves[0], leaves[1] if entropy is not None else None, index)
+        loss = objective.loss(rows, **batch)
+        if loss.requires_grad:
+            grads = list(torch.autograd.grad(loss, leaves, materialize_grads=True))
+        else:  # nothing in it depends on the policy
+            grads = [torch.zeros_like(leaf) for leaf in leaves]
+    if entropy is None:
+        grads.append(None)
+    return Evaluation(loss.detach(), Coefficients(*grads), rows)
+
+
+def finish(
+    problem: Problem, logps: Tensor, entropy: Tensor | None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss, differentiable with respect to row-shaped log-probs and entropy, and statistics."""
+    logps = at_least_float32(logps).reshape(-1)
+    entropy = None if entropy is None else at_least_float32(entropy).reshape(-1)
+    evaluation = evaluate(problem, logps, entropy)
+    loss, coefficients = evaluation.loss, evaluation.coefficients
+    if coefficients.logps is not None:
+        loss = _Attach.apply(loss, logps, entropy, coefficients.logps, coefficients.entropy)
+    return loss, problem.stats(evaluation)
+
+
+class _Attach(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, loss, logps, entropy, grad_logps, grad_entropy):
+        ctx.save_for_backward(grad_logps, grad_entropy)
+        return loss.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        grad_logps, grad_entropy = ctx.saved_tensors
+        entropy = None if grad_entropy is None else grad * grad_entropy
+        return None, grad * grad_logps, entropy, None, None
+
+
+def _detach(x):
+    return x.detach() if isinstance(x, Tensor) else x

@@ -1,0 +1,67 @@
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).resolve().parent
+VERSION = re.search(
+    r'^__version__ = "(.+)"$', (HERE / "humanline/version.py").read_text(encoding="utf-8"), re.M
+).group(1)
+README = HERE / "README.md"
+
+# What `humanline train` needs for a Hugging Face model read from a GGUF file: gguf to load it,
+# jinja2 for its chat template, matplotlib for the curves.
+TRAIN = [
+    "transformers>=5",
+    "gguf>=0.10",
+    "jinja2>=3.1.6",
+    "matplotlib",
+    "numpy",
+    "peft>=0.18",
+    "pyarrow",
+    "safetensors",
+    "tqdm",
+]
+BENCH = ["pytest-benchmark"]
+TEST = [
+    *TRAIN,
+    *BENCH,
+    "accelerate",
+    "datasets",
+    "kernels",
+    "pytest>=8",
+    "ruff",
+    "setuptools>=77",  # tests/test_packaging.py builds without isolation, hence without downloads
+    "trl>=1.15",
+    "wheel",
+]
+
+setup(
+    name="humanline",
+    version=VERSION,
+    description="Preference and RL post-training losses, fused with their log-probs and backward, "
+    "with or without human perception (humanline)",
+    long_description=README.read_text(encoding="utf-8") if README.exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    # humanline/kernels is a symbolic link to ../kernels, which has no __init__.py (a top-level
+    # regular package `kernels` would shadow Hugging Face's), so find_packages does not see it.
+    packages=[*find_packages(include=["humanline", "humanline.*"]), "humanline.kernels"],
+    package_data={"humanline": ["py.typed", "training/data/*.jsonl"]},
+    include_package_data=False,
+    zip_safe=False,
+    install_requires=["torch>=2.11", 'triton>=3.6; platform_system == "Linux"'],
+    extras_require={"train": TRAIN, "data": ["reasoning-gym"], "bench": BENCH, "test": TEST},
+    entry_points={"console_scripts": ["humanline = humanline.cli:main"]},
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Operating System :: OS Independent",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+)
