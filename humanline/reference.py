@@ -1,4 +1,4 @@
-"""The reference: the policy as it stood before an optimizer step, renewed every ``sync_every`` steps.
+"""The reference: the policy as it stood before an optimizer step, renewed every so many steps.
 
 At 0-based step ``s`` with ``s % sync_every == 0``, after backward and gradient clipping, the
 reference becomes ``θ_s``; then ``θ_{s+1} = step(θ_s)``, and the losses of steps ``s+1 … s+k`` use

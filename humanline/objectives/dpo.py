@@ -25,7 +25,7 @@ class Pairs:
     """
 
     w: Tensor
-    l: Tensor  # noqa: E741
+    l: Tensor
     w_mean: Tensor
     l_mean: Tensor
     w_logps: Tensor
@@ -85,7 +85,7 @@ def _exo_pair(p: Pairs, o: "DPO") -> Tensor:
 
 
 def _nca_pair(p: Pairs, o: "DPO") -> Tensor:
-    w, l = o.beta * p.w, o.beta * p.l  # noqa: E741
+    w, l = o.beta * p.w, o.beta * p.l
     return -F.logsigmoid(w) - 0.5 * F.logsigmoid(-w) - 0.5 * F.logsigmoid(-l)
 
 

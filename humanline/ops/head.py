@@ -81,12 +81,17 @@ def block_rows(weight: Tensor, buffers: int, workspace_bytes: int) -> int:
     return workspace_bytes // per_row
 
 
+def workspace(weight: Tensor, rows: int) -> Tensor:
+    """Memory ``[rows, V]`` for the logits of a block, used by one block after the other."""
+    return weight.new_empty(rows, len(weight), dtype=compute_dtype(weight.dtype))
+
+
 class HeadBlock:
     """Logits ``[n, V]`` of the rows in ``index``, and the way back through them."""
 
-    def __init__(self, hidden: Tensor, weight: Tensor, head: Head, index: Tensor):
-        self.hidden, self.weight, self.head, self.index = hidden[index], weight, head, index
-        z = _logits(self.hidden, weight)
+    def __init__(self, hidden: Tensor, weight: Tensor, head: Head, index: Tensor, out: Tensor):
+        self.hidden, self.head, self.index = hidden[index], head, index
+        z = _logits(self.hidden, weight, out[: len(index)])
         if head.bias is not None:
             z += head.bias
         if head.logit_scale != 1:
@@ -119,16 +124,15 @@ def _on_tensor_cores(x: Tensor) -> bool:
     return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
 
 
-def _logits(h: Tensor, weight: Tensor) -> Tensor:
-    dtype = compute_dtype(weight.dtype)
-    if weight.dtype == dtype:
-        return h @ weight.T
+def _logits(h: Tensor, weight: Tensor, out: Tensor) -> Tensor:
+    if weight.dtype == out.dtype:
+        return torch.mm(h, weight.T, out=out)
     if _on_tensor_cores(weight):
-        return torch.mm(h, weight.T, out_dtype=dtype)
-    h, z = h.to(dtype), h.new_empty(len(h), len(weight), dtype=dtype)
+        return torch.mm(h, weight.T, out_dtype=out.dtype, out=out)
+    h = h.to(out.dtype)
     for tile in range(0, len(weight), _TILE):
-        z[:, tile : tile + _TILE] = h @ weight[tile : tile + _TILE].to(dtype).T
-    return z
+        out[:, tile : tile + _TILE] = h @ weight[tile : tile + _TILE].to(out.dtype).T
+    return out
 
 
 def hidden_gradient(dz: Tensor, weight: Tensor) -> Tensor:

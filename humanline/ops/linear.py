@@ -19,6 +19,7 @@ from humanline.ops.head import (
     block_rows,
     check_hidden,
     hidden_gradient,
+    workspace,
 )
 from humanline.ops.softmax import SoftmaxBlock
 from humanline.rows import IGNORE_INDEX
@@ -90,6 +91,10 @@ def row_blocks(labels: Tensor, rows: int) -> tuple[Tensor, ...]:
     return (labels != IGNORE_INDEX).nonzero().squeeze(1).split(rows)
 
 
+def longest(blocks: tuple[Tensor, ...]) -> int:
+    return max((len(index) for index in blocks), default=0)
+
+
 @dataclass
 class HeadGradients:
     """Gradients summed up block by block: of the weight, of the bias; None if not asked for."""
@@ -133,8 +138,10 @@ class _LinearTokenLogps(torch.autograd.Function):
         rows = min(block_rows(weight, 1 + with_entropy, workspace_bytes), MAX_BLOCK_ROWS)
         logps = hidden.new_zeros(len(labels), dtype=compute_dtype(weight.dtype))
         entropy = torch.zeros_like(logps) if with_entropy else None
-        for index in row_blocks(labels, rows):
-            block = HeadBlock(hidden, weight, head, index)
+        blocks = row_blocks(labels, rows)
+        memory = workspace(weight, longest(blocks))
+        for index in blocks:
+            block = HeadBlock(hidden, weight, head, index, memory)
             softmax = SoftmaxBlock(block.logits, labels[index].long(), with_entropy)
             logps[index] = softmax.logps
             if with_entropy:
@@ -152,8 +159,10 @@ class _LinearTokenLogps(torch.autograd.Function):
         dh = torch.zeros_like(hidden) if need_hidden else None
         sums = HeadGradients.zeros(weight, bias, need_weight, need_bias)
         active = coefficients.active() & (labels != IGNORE_INDEX)
-        for index in active.nonzero().squeeze(1).split(ctx.rows):
-            block = HeadBlock(hidden, weight, ctx.head, index)
+        blocks = active.nonzero().squeeze(1).split(ctx.rows)
+        memory = workspace(weight, longest(blocks))
+        for index in blocks:
+            block = HeadBlock(hidden, weight, ctx.head, index, memory)
             softmax = SoftmaxBlock(block.logits, labels[index].long(), ctx.with_entropy)
             scale, of_logp, of_entropy = split_scale(coefficients.take(index))
             dz = block.through_options_(softmax.gradient(of_logp, of_entropy))

@@ -20,10 +20,12 @@ from humanline.ops.head import (
     HeadBlock,
     block_rows,
     hidden_gradient,
+    workspace,
 )
 from humanline.ops.linear import (
     HeadGradients,
     linear_token_logps,
+    longest,
     row_blocks,
     split_scale,
     under_autocast,
@@ -98,8 +100,10 @@ class _LinearObjective(torch.autograd.Function):
         scale = torch.zeros_like(logps)
         whole = None
 
-        for index in row_blocks(labels, rows):
-            block = HeadBlock(hidden, weight, head, index)
+        blocks = row_blocks(labels, rows)
+        memory = workspace(weight, longest(blocks))
+        for index in blocks:
+            block = HeadBlock(hidden, weight, head, index, memory)
             softmax = SoftmaxBlock(block.logits, labels[index].long(), with_entropy)
             logps[index] = softmax.logps
             if with_entropy:
@@ -138,7 +142,12 @@ class _LinearObjective(torch.autograd.Function):
         weight_dtype, bias_dtype = ctx.dtypes
         return (
             None if dh is None else (dh * (scale * grad)[:, None]).to(dh.dtype),
-            None if dw is None else (dw * grad).to(weight_dtype),
-            None if db is None else (db * grad).to(bias_dtype),
+            None if dw is None else _scaled(dw, grad).to(weight_dtype),
+            None if db is None else _scaled(db, grad).to(bias_dtype),
             *[None] * 4,
         )
+
+
+def _scaled(x: Tensor, grad: Tensor) -> Tensor:
+    """``x · grad``; on the CPU, where looking is free, ``x`` itself if ``grad`` is 1."""
+    return x if grad.device.type == "cpu" and grad == 1 else x * grad

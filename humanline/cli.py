@@ -1,0 +1,115 @@
+"""The command line: ``humanline train``, ``humanline doctor``."""
+
+import argparse
+import importlib.util
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from humanline.training.config import DEFAULTS, TrainConfig, flag
+from humanline.training.errors import UserError
+from humanline.version import __version__
+
+INTERRUPTED = 130  # what shells report for a process ended by Ctrl-C
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        self.exit(2, f"humanline: error: {message} (see {self.prog} --help)\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; the exit code."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    args = vars(_parser().parse_args(argv))
+    run = args.pop("run")
+    try:
+        return run(args, argv)
+    except UserError as error:
+        print(f"humanline: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("humanline: interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="humanline", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"humanline {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_train(commands)
+    doctor = commands.add_parser("doctor", help="what this machine has and what is missing")
+    doctor.set_defaults(run=_doctor)
+    return parser
+
+
+def _add_train(commands) -> None:
+    train = commands.add_parser(
+        "train",
+        help="fine-tune a model on preferences or rewards, offline",
+        description="Fine-tune a model on preferences or rewards, offline. With no options: "
+        "SmolLM2-135M-Instruct on arithmetic, with humanline DPO.",
+        allow_abbrev=False,
+    )
+    train.set_defaults(run=_train)
+    train.add_argument("--output-dir", help="where to write; left out: runs/OBJECTIVE-PERCEPTION")
+    train.add_argument("--resume", action="store_true", help="go on with the run in --output-dir")
+    train.add_argument("--overwrite", action="store_true", help="replace the run in --output-dir")
+    for field in fields(TrainConfig):
+        _add_option(train, field)
+
+
+def _add_option(parser: argparse.ArgumentParser, field) -> None:
+    kind, text, choices = (field.metadata[k] for k in ("type", "help", "choices"))
+    # Only options that were given reach the configuration: a resumed run keeps its own values.
+    common = {"dest": field.name, "default": argparse.SUPPRESS}
+    if kind is bool:
+        parser.add_argument(flag(field.name), action="store_true", help=text, **common)
+        return
+    by_objective = {o: d[field.name] for o, d in DEFAULTS.items() if field.name in d}
+    if by_objective:
+        text += f" (default: {', '.join(f'{o} {v}' for o, v in by_objective.items())})"
+    elif field.default is not None:
+        text += f" (default: {field.default})"
+    metavar = None if choices else {int: "N", float: "X", str: "NAME"}[kind]
+    parser.add_argument(
+        flag(field.name), type=kind, choices=choices, metavar=metavar, help=text, **common
+    )
+
+
+def _train(options: dict[str, Any], argv: list[str]) -> int:
+    del options["command"]
+    _require_packages("transformers", "safetensors", "tqdm", "matplotlib")
+    from humanline.training.run import Interrupted, train
+
+    output_dir = options.pop("output_dir")
+    resume, overwrite = options.pop("resume"), options.pop("overwrite")
+    if resume and overwrite:
+        raise UserError("--resume and --overwrite exclude each other")
+    try:
+        train(options, output_dir and Path(output_dir), resume=resume, overwrite=overwrite)
+    except Interrupted as interrupted:
+        print(f"humanline: {interrupted}", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+def _doctor(options: dict[str, Any], argv: list[str]) -> int:
+    from humanline.doctor import report
+
+    print(report())
+    return 0
+
+
+def _require_packages(*names: str) -> None:
+    missing = [name for name in names if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(
+            f"humanline train needs {', '.join(missing)}: pip install 'humanline[train]'"
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,115 @@
+"""Checkpoints that are either whole or not there.
+
+A folder is written under a temporary name beside its place, flushed to the disk, then renamed; what
+it replaces is removed only after. A full disk or a kill in between leaves the previous one.
+"""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from humanline.training.errors import UserError
+
+_PREFIX, _STATE = "checkpoint-", "state.pt"
+
+
+@contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder to write into, which becomes ``folder`` at the end of the context.
+
+    Raises:
+        UserError: something could not be written. ``folder`` is then as it was.
+    """
+    partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    try:
+        os.chmod(partial, 0o755)  # mkdtemp makes it private
+        yield partial
+        _flush(partial)
+        _replace(partial, folder)
+    except (OSError, RuntimeError, _safetensors_error()) as error:
+        raise UserError(f"cannot write {folder}: {_reason(error)}; it is as it was") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _replace(partial: Path, folder: Path) -> None:
+    old = Path(f"{partial}.old")
+    if folder.exists():
+        folder.rename(old)
+    partial.rename(folder)
+    _flush_entry(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _flush(folder: Path) -> None:
+    for path in [*folder.rglob("*"), folder]:
+        _flush_entry(path)
+
+
+def _flush_entry(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _safetensors_error() -> type[Exception]:
+    try:
+        from safetensors import SafetensorError
+    except ImportError:
+        return OSError
+    return SafetensorError
+
+
+def _reason(error: BaseException) -> str:
+    """torch.save hides the system's error behind one of its own."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__cause__ or cause.__context__
+    return (cause.strerror if cause is not None else None) or str(error).splitlines()[0]
+
+
+def save(output: Path, step: int, state: dict[str, Any]) -> None:
+    """Write ``checkpoint-<step>``, then remove those before it."""
+    folder = output / f"{_PREFIX}{step}"
+    with atomic_folder(folder) as partial, (partial / _STATE).open("wb") as file:
+        torch.save(state, file)
+    for other in _steps(output):
+        if other != step:
+            shutil.rmtree(output / f"{_PREFIX}{other}", ignore_errors=True)
+
+
+def load_latest(output: Path, device: torch.device) -> dict[str, Any] | None:
+    """The state of the last checkpoint, or None if there is none."""
+    steps = _steps(output)
+    if not steps:
+        return None
+    path = output / f"{_PREFIX}{max(steps)}" / _STATE
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+
+
+def remove_all(output: Path) -> None:
+    """A finished run needs none."""
+    for step in _steps(output):
+        shutil.rmtree(output / f"{_PREFIX}{step}", ignore_errors=True)
+
+
+def remove_partial(output: Path) -> None:
+    """What a killed run left half-written."""
+    for path in output.glob(f".{_PREFIX}*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _steps(output: Path) -> list[int]:
+    names = (path.name.removeprefix(_PREFIX) for path in output.glob(f"{_PREFIX}*"))
+    return sorted(int(name) for name in names if name.isdigit())

