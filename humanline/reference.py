@@ -78,9 +78,29 @@ class ReferenceCopy:
         return sum(t.numel() * t.element_size() for t in held)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs: the step and the reference's weights."""
-        return {"step": self.step, "model": self.model.state_dict()}
+        """What a resumed run needs: the step, and of the reference's weights those that change
+        (the policy's frozen ones, such as a LoRA base, are the reference's too)."""
+        return {"step": self.step, "model": self._changing()}
 
+    @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.model.load_state_dict(state["model"])
+        """Put back what :meth:`state_dict` returned.
+
+        Raises:
+            ValueError: it is the state of a different model.
+        """
+        ours, theirs = self._changing(), state["model"]
+        require(
+            ours.keys() == theirs.keys()
+            and all(ours[name].shape == theirs[name].shape for name in ours),
+            "the state is that of a reference with other weights: "
+            f"{sorted(ours.keys() ^ theirs.keys())[:5] or 'their shapes'} differ",
+        )
+        for name, tensor in ours.items():
+            tensor.copy_(theirs[name])
         self.step = state["step"]
+
+    def _changing(self) -> dict[str, torch.Tensor]:
+        trained = {name for name, p in self.policy.named_parameters() if p.requires_grad}
+        weights = {name: p for name, p in self.model.named_parameters() if name in trained}
+        return weights | dict(self.model.named_buffers())

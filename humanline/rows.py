@@ -5,7 +5,6 @@ only place that knows which of the two layouts they came from.
 """
 
 from dataclasses import dataclass, field
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -23,11 +22,17 @@ class Layout:
         mask: bool ``[N]``, True on completion tokens.
         shape: the caller's row shape, ``(B, T)`` or ``(N,)``.
         cu_seqlens: int64 ``[S+1]`` row offsets of packed sequences, or None when padded.
+        sequence_of_row: index of each row's sequence, int64 ``[N]``, or None when padded.
+        lengths: completion tokens of each sequence, int64 ``[S]``.
+        tokens: completion tokens of the batch, an int64 scalar.
     """
 
     mask: Tensor
     shape: tuple[int, ...]
-    cu_seqlens: Tensor | None = None
+    cu_seqlens: Tensor | None
+    sequence_of_row: Tensor | None
+    lengths: Tensor
+    tokens: Tensor
 
     @classmethod
     def of(cls, mask: Tensor, cu_seqlens: Tensor | None) -> "Layout":
@@ -36,38 +41,25 @@ class Layout:
         Raises:
             ValueError: the mask's shape and ``cu_seqlens`` do not fit each other.
         """
+        shape, flat = tuple(mask.shape), mask.reshape(-1).to(torch.bool)
         if cu_seqlens is None:
             require(
                 mask.dim() == 2,
                 f"rows must have shape [B, T], or [N] together with cu_seqlens; got "
                 f"{list(mask.shape)} and no cu_seqlens",
             )
+            sequence_of_row, lengths = None, flat.view(shape).sum(1)
         else:
             _check_cu_seqlens(mask, cu_seqlens)
             cu_seqlens = cu_seqlens.to(torch.int64)
-        return cls(mask.reshape(-1).to(torch.bool), tuple(mask.shape), cu_seqlens)
+            row = torch.arange(flat.numel(), device=flat.device)
+            sequence_of_row = torch.searchsorted(cu_seqlens, row, right=True) - 1
+            lengths = _SegmentSum.apply(flat.double(), cu_seqlens, sequence_of_row).long()
+        return cls(flat, shape, cu_seqlens, sequence_of_row, lengths, flat.sum())
 
     @property
     def num_sequences(self) -> int:
         return self.shape[0] if self.cu_seqlens is None else self.cu_seqlens.numel() - 1
-
-    @cached_property
-    def tokens(self) -> Tensor:
-        """Number of completion tokens, int64 scalar tensor."""
-        return self.mask.sum()
-
-    @cached_property
-    def lengths(self) -> Tensor:
-        """Completion tokens of each sequence, int64 ``[S]``."""
-        return self.sum(self.mask.to(torch.float64)).to(torch.int64)
-
-    @cached_property
-    def sequence_of_row(self) -> Tensor:
-        """Index of each row's sequence, int64 ``[N]``."""
-        row = torch.arange(self.mask.numel(), device=self.mask.device)
-        if self.cu_seqlens is None:
-            return row // max(self.shape[1], 1)
-        return torch.searchsorted(self.cu_seqlens, row, right=True) - 1
 
     def sum(self, x: Tensor) -> Tensor:
         """Sum of row values ``[N]`` over each sequence: ``[S]``."""

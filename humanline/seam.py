@@ -111,7 +111,9 @@ def evaluate(
 ) -> Evaluation:
     """The seam itself, for flat log-probs ``[N]`` of all rows, or of those in ``index``."""
     objective, batch = problem.objective, problem.batch_of(index)
-    if torch.is_inference_mode_enabled():
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+        # Dynamo does not trace autograd.grad: there the loss stays a plain graph, and autograd finds
+        # the coefficients in the backward.
         rows = problem.rows(logps, entropy, index)
         return Evaluation(objective.loss(rows, **batch), Coefficients(None, None), rows)
     with torch.enable_grad():

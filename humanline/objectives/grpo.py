@@ -222,13 +222,14 @@ class GRPO(PolicyObjective):
         if rows.entropy is not None:
             stats["entropy"] = rows.token_mean(rows.entropy).sum()
         if self.loss_type == "cispo":
-            clipped = (ratio > self.upper_epsilon) & (advantages > 0)
-            stats["cispo_clip_ratio"] = rows.token_mean(clipped.to(ratio.dtype)).sum()
+            clipped = rows.mask & (ratio > self.upper_epsilon) & (advantages > 0)
+            stats["cispo_clip_ratio"] = share_of(rows, clipped, self.importance_sampling_level)
         elif self.loss_type == "vespo":
             weight = self._vespo_weight(rows, advantages)
             stats["vespo/phi_seq_mean"] = rows.mean(torch.where(rows.mask, weight, 0)).mean()
         elif self.loss_type != "sapo":
-            stats |= clip_stats(rows, ratio, advantages, self.epsilon, self.upper_epsilon)
+            level = self.importance_sampling_level
+            stats |= clip_stats(rows, ratio, advantages, self.epsilon, self.upper_epsilon, level)
         return stats
 
 
@@ -238,17 +239,31 @@ def _choose(condition: Tensor, yes: float, no: float, dtype: torch.dtype) -> Ten
     return torch.where(condition, yes, no)
 
 
-def clip_stats(rows: Rows, ratio: Tensor, advantages: Tensor, low: float, high: float) -> dict:
-    """TRL's clip ratios: completion tokens whose surrogate is clipped."""
+def share_of(rows: Rows, chosen: Tensor, level: str) -> Tensor:
+    """Share of the completion tokens that are chosen; at level "sequence", of the sequences."""
+    chosen = chosen.to(rows.logps.dtype)
+    if level == "token":
+        return rows.token_mean(chosen).sum()
+    return rows.mean(chosen).sum() / max(rows.num_sequences, 1)
+
+
+def clip_stats(
+    rows: Rows, ratio: Tensor, advantages: Tensor, low: float, high: float, level: str = "token"
+) -> dict[str, Tensor]:
+    """TRL's clip ratios: completion tokens (or sequences) whose surrogate is clipped."""
     too_low = rows.mask & (ratio < 1 - low) & (advantages < 0)
     too_high = rows.mask & (ratio > 1 + high) & (advantages > 0)
-    too_low, too_high = (x.to(ratio.dtype) for x in (too_low, too_high))
+    # The extremes are taken over sequences that have tokens, and are 0 where none has.
+    lows, highs = (rows.mean(x.to(ratio.dtype)) for x in (too_low, too_high))
+    lows = lows.masked_fill(rows.layout.lengths == 0, math.inf)
     return {
-        "clip_ratio/low_mean": rows.token_mean(too_low).sum(),
-        "clip_ratio/low_min": rows.mean(too_low).amin(),
-        "clip_ratio/high_mean": rows.token_mean(too_high).sum(),
-        "clip_ratio/high_max": rows.mean(too_high).amax(),
-        "clip_ratio/region_mean": rows.token_mean(too_low + too_high).sum(),
+        "clip_ratio/low_mean": share_of(rows, too_low, level),
+        "clip_ratio/low_min": torch.cat([lows, lows.new_full((1,), math.inf)]).amin().nan_to_num(
+            posinf=0.0
+        ),
+        "clip_ratio/high_mean": share_of(rows, too_high, level),
+        "clip_ratio/high_max": torch.cat([highs, highs.new_zeros(1)]).amax(),
+        "clip_ratio/region_mean": share_of(rows, too_low | too_high, level),
     }
 
 

@@ -70,6 +70,7 @@ class KTO(Objective):
             z0 = 0.0
         elif z0 is None:
             z0 = self._reference_point(kl_logps, kl_ref_logps, kl_mask, kl_cu_seqlens)
+        z0 = z0.detach() if isinstance(z0, Tensor) else z0
         return {"desirable": desirable.to(torch.bool), "z0": z0}
 
     def _reference_point(self, logps, ref_logps, mask, cu_seqlens) -> Tensor:
@@ -98,7 +99,7 @@ class KTO(Objective):
         margin = self.beta * (rows.sum(rows.log_ratio) - z0)
         gain = self.desirable_weight * (1 - torch.sigmoid(margin))
         loss = self.undesirable_weight * (1 - torch.sigmoid(-margin))
-        return torch.where(desirable, gain, loss).mean()
+        return torch.where(desirable, gain, loss).sum() / max(rows.num_sequences, 1)
 
     def stats(self, rows: Rows, desirable: Tensor, z0: float | Tensor) -> dict[str, Tensor]:
         rewards, logps = self.beta * rows.sum(rows.log_ratio), rows.sum(rows.logps)

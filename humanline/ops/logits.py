@@ -7,11 +7,13 @@ from torch import Tensor
 
 from humanline import checks
 from humanline.dtypes import compute_dtype
+from humanline.ops.backend import choose_backend
 from humanline.ops.softmax import SoftmaxBlock
 from humanline.rows import IGNORE_INDEX
+from humanline.seam import Coefficients
 
-# Rows are taken a block at a time, so that what is computed in float32 stays small.
-BLOCK_BYTES = 64 * 2**20
+# In torch, rows are taken a block at a time, so that several passes over a block stay in the cache.
+BLOCK_BYTES = 4 * 2**20
 
 
 def token_logps(
@@ -40,9 +42,9 @@ def token_logps(
             -100; a temperature that is not positive.
     """
     check_logits(logits, labels, temperature)
-    choose_backend(logits, backend)
     temperature = row_temperature(temperature, labels)
-    logps, entropy = _token_logps(logits, labels, temperature, return_entropy)
+    backend = choose_backend(logits, backend)
+    logps, entropy, *_ = _token_logps(logits, labels, temperature, return_entropy, backend)
     return (logps, entropy) if return_entropy else logps
 
 
@@ -57,15 +59,6 @@ def shift(labels: Tensor) -> Tensor:
     """
     checks.require(labels.dim() == 2, f"labels must have shape [B, T], got {list(labels.shape)}")
     return torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
-
-
-def choose_backend(x: Tensor, backend: str | None) -> str:
-    """The backend that runs ``x``: the one asked for, or the best for its device."""
-    checks.require(
-        backend in (None, "torch"),
-        f'backend must be "torch" or None, got {backend!r}',
-    )
-    return "torch"
 
 
 def check_logits(logits: Tensor, labels: Tensor, temperature: float | Tensor) -> None:
@@ -108,85 +101,134 @@ def row_temperature(temperature: float | Tensor, labels: Tensor) -> Tensor:
 
 def divide_by_temperature(z: Tensor, temperature: Tensor, rows: Tensor) -> None:
     """In place, ``z [n, V]`` being the rows of these indices."""
-    z.div_(temperature if temperature.dim() == 0 else temperature[rows, None])
+    if temperature.dim():
+        z.div_(temperature[rows, None])
+    elif temperature.device.type != "cpu" or temperature != 1:
+        z.div_(temperature)
 
 
-def _blocks(logits: Tensor, labels: Tensor):
-    """Index tensors of unmasked rows, block by block."""
-    rows = max(1, BLOCK_BYTES // (4 * logits.shape[-1]))
-    return (labels.reshape(-1) != IGNORE_INDEX).nonzero().squeeze(1).split(rows)
-
-
-def _rows_of(logits: Tensor, index: Tensor) -> Tensor:
-    """The rows ``[n, V]`` of these flat indices, whatever the strides: a copy of these alone."""
-    return logits[torch.unravel_index(index, logits.shape[:-1])]
+# The op and its backward. Each has two implementations, kernels and blocks of rows in torch; both
+# keep each row's maximum and sum of exponentials for the backward.
 
 
 @torch.library.custom_op("humanline::token_logps", mutates_args=())
 def _token_logps(
-    logits: Tensor, labels: Tensor, temperature: Tensor, with_entropy: bool
-) -> tuple[Tensor, Tensor]:
-    dtype = compute_dtype(logits.dtype)
-    logps = logits.new_zeros(labels.numel(), dtype=dtype)
-    entropy = torch.zeros_like(logps) if with_entropy else logps.new_empty(0)
-    for index in _blocks(logits, labels):
-        block = _softmax_of(logits, labels, temperature, index, with_entropy)
-        logps[index] = block.logps
-        if with_entropy:
-            entropy[index] = block.entropy
+    logits: Tensor, labels: Tensor, temperature: Tensor, with_entropy: bool, backend: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if backend == "triton":
+        from humanline.kernels.token_logps import token_logps_forward
+
+        outputs = token_logps_forward(logits, labels, temperature, with_entropy)
+    else:
+        outputs = _forward_in_torch(logits, labels, temperature, with_entropy)
     shape = labels.shape
-    return logps.view(shape), entropy.view(shape) if with_entropy else entropy
-
-
-def _softmax_of(logits, labels, temperature, index, with_entropy) -> SoftmaxBlock:
-    z = _rows_of(logits, index).to(compute_dtype(logits.dtype))
-    divide_by_temperature(z, temperature, index)
-    return SoftmaxBlock(z, labels.reshape(-1)[index].long(), with_entropy)
+    return tuple(x.view(shape) if x is not None else logits.new_empty(0) for x in outputs)
 
 
 @_token_logps.register_fake
-def _(logits, labels, temperature, with_entropy):
+def _(logits, labels, temperature, with_entropy, backend):
     dtype = compute_dtype(logits.dtype)
-    logps = logits.new_empty(labels.shape, dtype=dtype)
-    return logps, torch.empty_like(logps) if with_entropy else logps.new_empty(0)
+    row, nothing = logits.new_empty(labels.shape, dtype=dtype), logits.new_empty(0)
+    entropy = torch.empty_like(row) if with_entropy else nothing
+    return row, entropy, torch.empty_like(row), torch.empty_like(row)
 
 
 @torch.library.custom_op("humanline::token_logps_backward", mutates_args=())
 def _token_logps_backward(
-    grad_logps: Tensor,
-    grad_entropy: Tensor | None,
+    g: Tensor,
+    g_entropy: Tensor | None,
     logits: Tensor,
     labels: Tensor,
     temperature: Tensor,
+    logps: Tensor,
+    entropy: Tensor,
+    row_max: Tensor,
+    row_sum: Tensor,
+    backend: str,
 ) -> Tensor:
-    grad = torch.zeros(logits.shape, dtype=logits.dtype, device=logits.device)
-    flat = grad.view(-1, logits.shape[-1])
-    g = grad_logps.reshape(-1)
-    ge = None if grad_entropy is None else grad_entropy.reshape(-1)
-    for index in _blocks(logits, labels):
-        active = g[index] != 0 if ge is None else (g[index] != 0) | (ge[index] != 0)
-        index = index[active]
-        block = _softmax_of(logits, labels, temperature, index, ge is not None)
-        dz = block.gradient(g[index], None if ge is None else ge[index])
-        divide_by_temperature(dz, temperature, index)
-        flat[index] = dz.to(grad.dtype)
-    return grad
+    arguments = (
+        g.contiguous(),
+        None if g_entropy is None else g_entropy.contiguous(),
+        logits,
+        labels,
+        temperature,
+        logps,
+        entropy,
+        row_max,
+        row_sum,
+    )
+    if backend == "triton":
+        from humanline.kernels.token_logps import token_logps_backward
+
+        return token_logps_backward(*arguments)
+    return _backward_in_torch(*arguments)
 
 
 @_token_logps_backward.register_fake
-def _(grad_logps, grad_entropy, logits, labels, temperature):
+def _(g, g_entropy, logits, *_):
     return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
 
 
 def _setup_context(ctx, inputs, output):
-    logits, labels, temperature, ctx.with_entropy = inputs
-    ctx.save_for_backward(logits, labels, temperature)
+    logits, labels, temperature, ctx.with_entropy, ctx.backend = inputs
+    ctx.save_for_backward(logits, labels, temperature, *output)
+    ctx.mark_non_differentiable(*output[2:])
+    ctx.set_materialize_grads(True)
 
 
-def _backward(ctx, grad_logps, grad_entropy):
-    grad_entropy = grad_entropy if ctx.with_entropy else None
-    grad = torch.ops.humanline.token_logps_backward(grad_logps, grad_entropy, *ctx.saved_tensors)
-    return grad, None, None, None
+def _backward(ctx, g, g_entropy, *_):
+    g_entropy = g_entropy if ctx.with_entropy else None
+    grad = _token_logps_backward(g, g_entropy, *ctx.saved_tensors, ctx.backend)
+    return grad, None, None, None, None
 
 
 _token_logps.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _blocks(index: Tensor, vocab: int) -> tuple[Tensor, ...]:
+    return index.split(max(1, BLOCK_BYTES // (4 * vocab)))
+
+
+def _rows(logits: Tensor, index: Tensor, temperature: Tensor) -> Tensor:
+    """Logits over temperature of the rows with these flat indices, whatever the strides: a copy."""
+    z = logits[torch.unravel_index(index, logits.shape[:-1])].to(compute_dtype(logits.dtype))
+    divide_by_temperature(z, temperature, index)
+    return z
+
+
+def _forward_in_torch(logits, labels, temperature, with_entropy):
+    labels, vocab = labels.reshape(-1), logits.shape[-1]
+    dtype = compute_dtype(logits.dtype)
+    logps, row_max, row_sum = (logits.new_zeros(len(labels), dtype=dtype) for _ in range(3))
+    entropy = torch.zeros_like(logps) if with_entropy else None
+    for index in _blocks((labels != IGNORE_INDEX).nonzero().squeeze(1), vocab):
+        block = SoftmaxBlock(_rows(logits, index, temperature), labels[index].long(), with_entropy)
+        logps[index], row_max[index], row_sum[index] = block.logps, block.row_max, block.row_sum
+        if with_entropy:
+            entropy[index] = block.entropy
+    return logps, entropy, row_max, row_sum
+
+
+def _backward_in_torch(
+    g, g_entropy, logits, labels, temperature, logps, entropy, row_max, row_sum
+) -> Tensor:
+    grad = torch.zeros(logits.shape, dtype=logits.dtype, device=logits.device)
+    labels, vocab = labels.reshape(-1), logits.shape[-1]
+    rows = grad.view(-1, vocab)
+    coefficients = Coefficients(g.reshape(-1), None if g_entropy is None else g_entropy.reshape(-1))
+    logps, entropy, row_max, row_sum = (x.reshape(-1) for x in (logps, entropy, row_max, row_sum))
+    active = coefficients.active() & (labels != IGNORE_INDEX)
+    for index in _blocks(active.nonzero().squeeze(1), vocab):
+        block = SoftmaxBlock.again(
+            _rows(logits, index, temperature),
+            labels[index].long(),
+            logps[index],
+            row_max[index],
+            row_sum[index],
+            None if g_entropy is None else entropy[index],
+        )
+        some = coefficients.take(index)
+        dz = block.gradient(some.logps, some.entropy)
+        divide_by_temperature(dz, temperature, index)
+        rows[index] = dz.to(grad.dtype)
+    return grad

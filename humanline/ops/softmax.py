@@ -19,16 +19,39 @@ class SoftmaxBlock:
         exp = logits.sub_(top).exp_()
         total = exp.sum(-1, keepdim=True)
         self.logps = (picked - total.log()).squeeze(1)
-        self._p = exp.div_(total)
-        self._minus_p_log_p = torch.special.entr(self._p) if with_entropy else None
-        self.entropy = self._minus_p_log_p.sum(-1) if with_entropy else None
+        self.row_max, self.row_sum = top.squeeze(1), total.squeeze(1)
+        # The division by the sum is left to the gradient: a forward alone does without that pass.
+        self._exp = exp
+        self.entropy = None
+        if with_entropy:
+            self.entropy = self._minus_p_log_p().sum(-1)
+
+    @classmethod
+    def again(
+        cls,
+        logits: Tensor,
+        labels: Tensor,
+        logps: Tensor,
+        row_max: Tensor,
+        row_sum: Tensor,
+        entropy: Tensor | None,
+    ) -> "SoftmaxBlock":
+        """The block as it was, from the same logits and what was kept of it."""
+        block = cls.__new__(cls)
+        block.labels, block.logps, block.entropy = labels[:, None], logps, entropy
+        block.row_max, block.row_sum = row_max, row_sum
+        block._exp = logits.sub_(row_max[:, None]).exp_()
+        return block
+
+    def _minus_p_log_p(self) -> Tensor:
+        return torch.special.entr(self._exp / self.row_sum[:, None])
 
     def keep(self, index: Tensor) -> None:
         """Forget all rows but those in ``index``."""
-        self.labels, self.logps, self._p = self.labels[index], self.logps[index], self._p[index]
+        self.labels, self.logps, self._exp = self.labels[index], self.logps[index], self._exp[index]
+        self.row_max, self.row_sum = self.row_max[index], self.row_sum[index]
         if self.entropy is not None:
             self.entropy = self.entropy[index]
-            self._minus_p_log_p = self._minus_p_log_p[index]
 
     def gradient(self, of_logp: Tensor | None = None, of_entropy: Tensor | None = None) -> Tensor:
         """Gradient ``[n, V]`` of ``Σ of_logp·logp + of_entropy·entropy``; consumes the block.
@@ -37,15 +60,16 @@ class SoftmaxBlock:
         """
         # 1 − p at the label from the log-prob: as p → 1 the difference would cancel.
         at_label = -torch.expm1(self.logps)[:, None]
-        grad = self._p
+        total = self.row_sum[:, None]
+        if of_logp is not None:
+            at_label = at_label * of_logp[:, None]
+        entropy_grad = None
         if of_entropy is not None:
-            entropy_grad = self._minus_p_log_p.addcmul_(grad, self.entropy[:, None], value=-1)
+            entropy_grad = self._minus_p_log_p()
+            entropy_grad.addcmul_(self._exp, self.entropy[:, None] / total, value=-1)
             entropy_grad *= of_entropy[:, None]
-            at_label = at_label * of_logp[:, None] + entropy_grad.gather(1, self.labels)
-            grad.mul_(-of_logp[:, None]).add_(entropy_grad)
-        else:
-            grad.neg_()
-        grad.scatter_(1, self.labels, at_label)
-        if of_entropy is None and of_logp is not None:
-            grad *= of_logp[:, None]
-        return grad
+            at_label = at_label + entropy_grad.gather(1, self.labels)
+        grad = self._exp.mul_(-1 / total if of_logp is None else -of_logp[:, None] / total)
+        if entropy_grad is not None:
+            grad += entropy_grad
+        return grad.scatter_(1, self.labels, at_label)

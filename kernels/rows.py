@@ -1,0 +1,145 @@
+"""Device functions on one row of logits: its log-sum-exp, and its gradient.
+
+A row is walked in tiles ``[LANES, PER_LANE]``, ``PER_LANE`` adjacent elements to a thread, so that
+a thread loads 16 bytes at a time and keeps a running maximum and sum of its own; the threads meet
+once, at the end of the row. Arithmetic is float32 throughout.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def row_offset(row, rows_per_batch, batch_stride_rows, row_stride):
+    """Element offset of a row of ``[B, T, V]``, see RowTensor in launch.py."""
+    row = row.to(tl.int64)
+    batch = row // rows_per_batch
+    return (batch * batch_stride_rows + (row - batch * rows_per_batch)) * row_stride
+
+
+@triton.jit
+def tile_columns(LANES: tl.constexpr, PER_LANE: tl.constexpr):
+    return tl.arange(0, LANES)[:, None] * PER_LANE + tl.arange(0, PER_LANE)[None, :]
+
+
+@triton.jit
+def row_statistics(
+    row_ptr, V, scale, ENTROPY: tl.constexpr, LANES: tl.constexpr, PER_LANE: tl.constexpr
+):
+    """Maximum ``m`` of the row ``z``, ``s = Σ 2^((z−m) scale)``, and with ENTROPY
+    ``t = Σ 2^((z−m) scale) (z−m)``.
+
+    The maximum is subtracted before the scale is applied, where it is exact: at logits of 1e4 the
+    product alone would lose three digits.
+    """
+    columns = tile_columns(LANES, PER_LANE)
+    m = tl.full([LANES], float("-inf"), tl.float32)
+    s = tl.zeros([LANES], tl.float32)
+    t = tl.zeros([LANES], tl.float32)
+    for start in range(0, V, LANES * PER_LANE):
+        inside = start + columns < V
+        z = tl.load(
+            row_ptr + start + columns,
+            mask=inside,
+            other=float("-inf"),
+            eviction_policy="evict_last",
+        )
+        z = tl.where(inside, z.to(tl.float32), float("-inf"))
+        m_new = tl.maximum(m, tl.max(z, 1))
+        finite = tl.where(m_new == float("-inf"), 0.0, m_new)
+        e = tl.exp2((z - finite[:, None]) * scale)
+        shrink = tl.exp2((m - finite) * scale)
+        if ENTROPY:
+            moved = tl.where(s > 0, s * (m - finite), 0.0)
+            t = (t + moved) * shrink
+            t += tl.sum(tl.where(e > 0, e * (z - finite[:, None]), 0.0), 1)
+        s = s * shrink + tl.sum(e, 1)
+        m = m_new
+    top = tl.max(m, 0)
+    finite = tl.where(top == float("-inf"), 0.0, top)
+    shrink = tl.exp2((m - finite) * scale)
+    if ENTROPY:
+        moved = tl.where(s > 0, s * (m - finite), 0.0)
+        t_all = tl.sum(tl.where(s > 0, (t + moved) * shrink, 0.0), 0)
+    else:
+        t_all = 0.0
+    return top, tl.sum(s * shrink, 0), t_all
+
+
+@triton.jit
+def label_logp(row_ptr, label, inverse_temperature, m, s):
+    """Log-prob in nats of the label, from the row's statistics."""
+    z = tl.load(row_ptr + label).to(tl.float32)
+    return (z - m) * inverse_temperature - tl.log(s)
+
+
+@triton.jit
+def row_entropy(inverse_temperature, s, t):
+    """Entropy in nats, from the row's statistics."""
+    return tl.log(s) - t / s * inverse_temperature
+
+
+@triton.jit
+def one_minus_exp(x):
+    """``1 − e^x`` for ``x ≤ 0``, exact where ``x → 0`` and the difference would cancel."""
+    series = 1.0 + x * (1.0 / 8)
+    series = 1.0 + x * (1.0 / 7) * series
+    series = 1.0 + x * (1.0 / 6) * series
+    series = 1.0 + x * (1.0 / 5) * series
+    series = 1.0 + x * (1.0 / 4) * series
+    series = 1.0 + x * (1.0 / 3) * series
+    series = 1.0 + x * (1.0 / 2) * series
+    return tl.where(x > -0.25, -x * series, 1.0 - tl.exp(x))
+
+
+@triton.jit
+def write_gradient(
+    grad_ptr,
+    row_ptr,
+    V,
+    label,
+    inverse_temperature,
+    m,
+    s,
+    logp,
+    entropy,
+    g,
+    g_entropy,
+    ENTROPY: tl.constexpr,
+    LANES: tl.constexpr,
+    PER_LANE: tl.constexpr,
+):
+    """Write ``(g (onehot − p) + g_entropy (−p log p − p H)) / temperature``, each element once.
+
+    ``m`` and ``s`` are the row's statistics, ``logp`` and ``entropy`` in nats.
+    """
+    scale = inverse_temperature * LOG2E
+    log2_s = tl.log2(s)
+    columns = tile_columns(LANES, PER_LANE)
+    at_label = g * one_minus_exp(logp)
+    for start in range(0, V, LANES * PER_LANE):
+        inside = start + columns < V
+        z = tl.load(
+            row_ptr + start + columns,
+            mask=inside,
+            other=float("-inf"),
+            eviction_policy="evict_first",
+        )
+        log2_p = (z.to(tl.float32) - m) * scale - log2_s
+        p = tl.exp2(log2_p)
+        grad = tl.where(start + columns == label, at_label, -g * p)
+        if ENTROPY:
+            grad -= tl.where(p > 0, g_entropy * p * (log2_p * LN2 + entropy), 0.0)
+        grad = (grad * inverse_temperature).to(grad_ptr.dtype.element_ty)
+        tl.store(grad_ptr + start + columns, grad, inside)
+
+
+@triton.jit
+def write_zeros(grad_ptr, V, LANES: tl.constexpr, PER_LANE: tl.constexpr):
+    columns = tile_columns(LANES, PER_LANE)
+    zeros = tl.zeros([LANES, PER_LANE], grad_ptr.dtype.element_ty)
+    for start in range(0, V, LANES * PER_LANE):
+        tl.store(grad_ptr + start + columns, zeros, start + columns < V)
