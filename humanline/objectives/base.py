@@ -111,6 +111,12 @@ class Objective:
             f"policy_logps and mask must have the same shape, got {list(policy_logps.shape)} and "
             f"{list(mask.shape)}",
         )
+        checks.require(
+            entropy is None or entropy.shape == mask.shape,
+            lambda: (
+                f"entropy must have the rows' shape {list(mask.shape)}, got {list(entropy.shape)}"
+            ),
+        )
         checks.require_same_device(policy_logps=policy_logps, mask=mask, entropy=entropy)
         problem = self._problem(Layout.of(mask, cu_seqlens), ref_logps, batch)
         checks.require(
@@ -145,6 +151,14 @@ class Objective:
         layout = Layout.of(labels != IGNORE_INDEX, cu_seqlens)
         ops.check_logits(logits, labels, temperature)
         problem = self._problem(layout, ref_logps, batch)
+        if (
+            problem.token_level
+            and ops.choose_backend(logits, backend) == "torch"
+            and torch.is_grad_enabled()
+            and logits.requires_grad
+            and not torch.compiler.is_compiling()
+        ):
+            return ops.logits_objective(problem, logits, labels, temperature)
         result = ops.token_logps(
             logits, labels, temperature, return_entropy=self.needs_entropy, backend=backend
         )

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from humanline import checks
 from humanline.dtypes import at_least_float32
-from humanline.objectives.base import TokenObjective, row_values
+from humanline.objectives.base import TokenObjective
 from humanline.rows import Layout, Rows
 
 
@@ -49,7 +49,6 @@ class PolicyObjective(TokenObjective):
         *,
         advantages: Tensor | None = None,
         old_logps: Tensor | str | None = None,
-        **batch: Any,
     ) -> dict[str, Any]:
         name = type(self).__name__
         checks.require(advantages is not None, f"{name} needs advantages, [S] or one a row")
@@ -62,7 +61,12 @@ class PolicyObjective(TokenObjective):
             )
         elif old_logps is not None:
             checks.require_floating(old_logps=old_logps)
-            old_logps = at_least_float32(old_logps.detach())
+            checks.require(
+                tuple(old_logps.shape) == layout.shape,
+                f"old_logps must have the rows' shape {list(layout.shape)}, got "
+                f"{list(old_logps.shape)}",
+            )
+            old_logps = at_least_float32(old_logps.detach()).reshape(-1)
         checks.require_floating(advantages=advantages)
         advantages = at_least_float32(advantages.detach())
         checks.require_same_device(
@@ -70,7 +74,7 @@ class PolicyObjective(TokenObjective):
             advantages=advantages,
             old_logps=old_logps if isinstance(old_logps, Tensor) else None,
         )
-        return row_values(layout, {"advantages": advantages, "old_logps": old_logps, **batch})
+        return {"advantages": layout.rows(advantages, "advantages"), "old_logps": old_logps}
 
     def anchor(self, logps, ref_logps, *, old_logps=None, **batch) -> Tensor:
         if isinstance(old_logps, Tensor):
@@ -170,7 +174,8 @@ class GRPO(PolicyObjective):
         num_items_in_batch: int | Tensor | None = None,
         **batch: Any,
     ) -> dict[str, Any]:
-        return super().prepare(layout, ref_logps, num_items_in_batch=num_items_in_batch, **batch)
+        prepared = super().prepare(layout, ref_logps, **batch)
+        return prepared | {"num_items_in_batch": num_items_in_batch}
 
     def token_loss(self, rows: Rows, advantages, old_logps, num_items_in_batch) -> Tensor:
         ratio = self._ratio(rows)
@@ -256,11 +261,10 @@ def clip_stats(
     # The extremes are taken over sequences that have tokens, and are 0 where none has.
     lows, highs = (rows.mean(x.to(ratio.dtype)) for x in (too_low, too_high))
     lows = lows.masked_fill(rows.layout.lengths == 0, math.inf)
+    lowest = torch.cat([lows, lows.new_full((1,), math.inf)]).amin()
     return {
         "clip_ratio/low_mean": share_of(rows, too_low, level),
-        "clip_ratio/low_min": torch.cat([lows, lows.new_full((1,), math.inf)]).amin().nan_to_num(
-            posinf=0.0
-        ),
+        "clip_ratio/low_min": torch.where(lowest.isfinite(), lowest, 0),
         "clip_ratio/high_mean": share_of(rows, too_high, level),
         "clip_ratio/high_max": torch.cat([highs, highs.new_zeros(1)]).amax(),
         "clip_ratio/region_mean": share_of(rows, too_low | too_high, level),

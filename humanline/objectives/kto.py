@@ -69,11 +69,11 @@ class KTO(Objective):
         if self.loss_type == "apo_zero_unpaired":
             z0 = 0.0
         elif z0 is None:
-            z0 = self._reference_point(kl_logps, kl_ref_logps, kl_mask, kl_cu_seqlens)
+            z0 = self._reference_point(layout, kl_logps, kl_ref_logps, kl_mask, kl_cu_seqlens)
         z0 = z0.detach() if isinstance(z0, Tensor) else z0
         return {"desirable": desirable.to(torch.bool), "z0": z0}
 
-    def _reference_point(self, logps, ref_logps, mask, cu_seqlens) -> Tensor:
+    def _reference_point(self, rows: Layout, logps, ref_logps, mask, cu_seqlens) -> Tensor:
         missing = [
             name
             for name, x in (("kl_logps", logps), ("kl_ref_logps", ref_logps), ("kl_mask", mask))
@@ -88,6 +88,10 @@ class KTO(Objective):
             logps.shape == ref_logps.shape == mask.shape,
             f"kl_logps, kl_ref_logps and kl_mask must have one shape, got {list(logps.shape)}, "
             f"{list(ref_logps.shape)} and {list(mask.shape)}",
+        )
+        checks.require_floating(kl_logps=logps, kl_ref_logps=ref_logps)
+        checks.require_same_device(
+            rows=rows.mask, kl_logps=logps, kl_ref_logps=ref_logps, kl_mask=mask
         )
         layout = Layout.of(mask, cu_seqlens)
         logps, ref_logps = (at_least_float32(x.detach()).reshape(-1) for x in (logps, ref_logps))

@@ -1,17 +1,21 @@
 """Ops: log-probs from logits and from hidden states, their autograd, and the choice of backend."""
 
+from humanline.ops.backend import choose_backend
 from humanline.ops.head import WORKSPACE_BYTES, Head, check_hidden
 from humanline.ops.linear import linear_token_logps
 from humanline.ops.linear_objective import linear_objective
 from humanline.ops.logits import check_logits, shift, token_logps
+from humanline.ops.logits_objective import logits_objective
 
 __all__ = [
     "WORKSPACE_BYTES",
     "Head",
     "check_hidden",
     "check_logits",
+    "choose_backend",
     "linear_objective",
     "linear_token_logps",
+    "logits_objective",
     "shift",
     "token_logps",
 ]

@@ -136,15 +136,10 @@ def _logits(h: Tensor, weight: Tensor, out: Tensor) -> Tensor:
 
 
 def hidden_gradient(dz: Tensor, weight: Tensor) -> Tensor:
-    """``dz @ weight``, float32 or float64."""
-    if weight.dtype == dz.dtype:
-        return dz @ weight
+    """``dz @ weight``: one reduction over the vocabulary, so that it is rounded once."""
     if _on_tensor_cores(weight):
         return torch.mm(dz.to(weight.dtype), weight, out_dtype=dz.dtype)
-    out = dz.new_zeros(len(dz), weight.shape[1])
-    for tile in range(0, len(weight), _TILE):
-        out.addmm_(dz[:, tile : tile + _TILE], weight[tile : tile + _TILE].to(dz.dtype))
-    return out
+    return dz.to(weight.dtype) @ weight
 
 
 def add_weight_gradient_(total: Tensor, dz: Tensor, scale: Tensor, h: Tensor) -> None:

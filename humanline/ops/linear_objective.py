@@ -30,6 +30,7 @@ from humanline.ops.linear import (
     split_scale,
     under_autocast,
 )
+from humanline.ops.logits_objective import scaled
 from humanline.ops.softmax import SoftmaxBlock
 from humanline.seam import Problem, evaluate, finish
 
@@ -142,12 +143,7 @@ class _LinearObjective(torch.autograd.Function):
         weight_dtype, bias_dtype = ctx.dtypes
         return (
             None if dh is None else (dh * (scale * grad)[:, None]).to(dh.dtype),
-            None if dw is None else _scaled(dw, grad).to(weight_dtype),
-            None if db is None else _scaled(db, grad).to(bias_dtype),
+            None if dw is None else scaled(dw, grad).to(weight_dtype),
+            None if db is None else scaled(db, grad).to(bias_dtype),
             *[None] * 4,
         )
-
-
-def _scaled(x: Tensor, grad: Tensor) -> Tensor:
-    """``x · grad``; on the CPU, where looking is free, ``x`` itself if ``grad`` is 1."""
-    return x if grad.device.type == "cpu" and grad == 1 else x * grad

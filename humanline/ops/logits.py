@@ -8,12 +8,10 @@ from torch import Tensor
 from humanline import checks
 from humanline.dtypes import compute_dtype
 from humanline.ops.backend import choose_backend
+from humanline.ops.blocks import Selection, empty_gradient, row_blocks
 from humanline.ops.softmax import SoftmaxBlock
 from humanline.rows import IGNORE_INDEX
 from humanline.seam import Coefficients
-
-# In torch, rows are taken a block at a time, so that several passes over a block stay in the cache.
-BLOCK_BYTES = 4 * 2**20
 
 
 def token_logps(
@@ -99,8 +97,8 @@ def row_temperature(temperature: float | Tensor, labels: Tensor) -> Tensor:
     return temperature.detach().to(labels.device).reshape(-1 if temperature.dim() else ())
 
 
-def divide_by_temperature(z: Tensor, temperature: Tensor, rows: Tensor) -> None:
-    """In place, ``z [n, V]`` being the rows of these indices."""
+def divide_by_temperature(z: Tensor, temperature: Tensor, rows: Selection) -> None:
+    """In place, ``z [n, V]`` being these rows."""
     if temperature.dim():
         z.div_(temperature[rows, None])
     elif temperature.device.type != "cpu" or temperature != 1:
@@ -185,50 +183,41 @@ def _backward(ctx, g, g_entropy, *_):
 _token_logps.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _blocks(index: Tensor, vocab: int) -> tuple[Tensor, ...]:
-    return index.split(max(1, BLOCK_BYTES // (4 * vocab)))
-
-
-def _rows(logits: Tensor, index: Tensor, temperature: Tensor) -> Tensor:
-    """Logits over temperature of the rows with these flat indices, whatever the strides: a copy."""
-    z = logits[torch.unravel_index(index, logits.shape[:-1])].to(compute_dtype(logits.dtype))
-    divide_by_temperature(z, temperature, index)
-    return z
-
-
 def _forward_in_torch(logits, labels, temperature, with_entropy):
-    labels, vocab = labels.reshape(-1), logits.shape[-1]
-    dtype = compute_dtype(logits.dtype)
+    labels, dtype = labels.reshape(-1), compute_dtype(logits.dtype)
     logps, row_max, row_sum = (logits.new_zeros(len(labels), dtype=dtype) for _ in range(3))
     entropy = torch.zeros_like(logps) if with_entropy else None
-    for index in _blocks((labels != IGNORE_INDEX).nonzero().squeeze(1), vocab):
-        block = SoftmaxBlock(_rows(logits, index, temperature), labels[index].long(), with_entropy)
-        logps[index], row_max[index], row_sum[index] = block.logps, block.row_max, block.row_sum
+    for view, local, rows in row_blocks(logits, labels != IGNORE_INDEX):
+        z = view[local].to(dtype, copy=True)
+        divide_by_temperature(z, temperature, rows)
+        block = SoftmaxBlock(z, labels[rows].long(), with_entropy)
+        logps[rows], row_max[rows], row_sum[rows] = block.logps, block.row_max, block.row_sum
         if with_entropy:
-            entropy[index] = block.entropy
+            entropy[rows] = block.entropy
     return logps, entropy, row_max, row_sum
 
 
 def _backward_in_torch(
     g, g_entropy, logits, labels, temperature, logps, entropy, row_max, row_sum
 ) -> Tensor:
-    grad = torch.zeros(logits.shape, dtype=logits.dtype, device=logits.device)
-    labels, vocab = labels.reshape(-1), logits.shape[-1]
-    rows = grad.view(-1, vocab)
+    labels = labels.reshape(-1)
     coefficients = Coefficients(g.reshape(-1), None if g_entropy is None else g_entropy.reshape(-1))
     logps, entropy, row_max, row_sum = (x.reshape(-1) for x in (logps, entropy, row_max, row_sum))
     active = coefficients.active() & (labels != IGNORE_INDEX)
-    for index in _blocks(active.nonzero().squeeze(1), vocab):
+    grad, grad_rows = empty_gradient(logits, ~active)
+    for view, local, rows in row_blocks(logits, active):
+        z = view[local].to(logps.dtype, copy=True)
+        divide_by_temperature(z, temperature, rows)
         block = SoftmaxBlock.again(
-            _rows(logits, index, temperature),
-            labels[index].long(),
-            logps[index],
-            row_max[index],
-            row_sum[index],
-            None if g_entropy is None else entropy[index],
+            z,
+            labels[rows].long(),
+            logps[rows],
+            row_max[rows],
+            row_sum[rows],
+            None if g_entropy is None else entropy[rows],
         )
-        some = coefficients.take(index)
+        some = coefficients.take(rows)
         dz = block.gradient(some.logps, some.entropy)
-        divide_by_temperature(dz, temperature, index)
-        rows[index] = dz.to(grad.dtype)
+        divide_by_temperature(dz, temperature, rows)
+        grad_rows[rows] = dz.to(grad.dtype)
     return grad

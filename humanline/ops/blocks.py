@@ -1,0 +1,62 @@
+"""Rows a block at a time, for the torch backend: several passes over a block stay in the cache."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+BLOCK_BYTES = 8 * 2**20
+
+Selection = slice | Tensor
+
+
+def row_blocks(logits: Tensor, wanted: Tensor) -> Iterator[tuple[Tensor, Selection, Selection]]:
+    """Blocks of the rows of ``logits [..., V]`` where ``wanted [N]`` holds, without copying logits.
+
+    Yields:
+        a matrix of rows that is a view of ``logits``; the block's rows within that view; and the
+        same rows counted from the start of ``logits``. A run of rows is a slice, else indices.
+    """
+    rows = max(1, BLOCK_BYTES // (4 * logits.shape[-1]))
+    for start, view in _row_views(logits):
+        here = wanted[start : start + len(view)].nonzero().squeeze(1)
+        for index in here.split(rows):
+            if len(index) == 0:
+                continue
+            local = _as_slice(index)
+            yield view, local, _shift(local, start)
+
+
+def _row_views(logits: Tensor) -> Iterator[tuple[int, Tensor]]:
+    vocab = logits.shape[-1]
+    if logits.dim() == 3 and not logits.is_contiguous():  # such as logits[:, :-1]
+        for b, view in enumerate(logits):
+            yield b * logits.shape[1], view
+    else:
+        yield 0, logits.reshape(-1, vocab)
+
+
+def _as_slice(index: Tensor) -> Selection:
+    """A slice if the indices are a run and looking is free."""
+    if index.device.type == "cpu" and index[-1] - index[0] + 1 == len(index):
+        return slice(int(index[0]), int(index[-1]) + 1)
+    return index
+
+
+def _shift(rows: Selection, by: int) -> Selection:
+    return slice(rows.start + by, rows.stop + by) if isinstance(rows, slice) else rows + by
+
+
+def empty_gradient(logits: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
+    """Memory for the gradient of ``logits``, and its rows: those in ``zero [N]`` set, no others."""
+    grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    rows = grad.view(-1, logits.shape[-1])
+    rows.index_fill_(0, zero.nonzero().squeeze(1), 0)
+    return grad, rows
+
+
+def indices(rows: Selection, like: Tensor) -> Tensor:
+    """The selection as an index tensor."""
+    if isinstance(rows, Tensor):
+        return rows
+    return torch.arange(rows.start, rows.stop, device=like.device)
