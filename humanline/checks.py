@@ -63,7 +63,7 @@ def require_labels(labels: Tensor, vocab: int, ignore_index: int) -> None:
     """Labels are integers, each in ``[0, vocab)`` or equal to ``ignore_index``."""
     require(
         not labels.is_floating_point() and labels.dtype.is_signed,
-        f"labels must be a signed integer tensor, got {labels.dtype}",
+        lambda: f"labels must be a signed integer tensor, got {labels.dtype}",
     )
 
     def bad():

@@ -44,7 +44,9 @@ class ReferenceCopy:
     """
 
     def __init__(self, policy: nn.Module, score: Score, sync_every: int = 1):
-        require(sync_every >= 0, f"sync_every must be 0 (never) or positive, got {sync_every}")
+        require(
+            sync_every >= 0, lambda: f"sync_every must be 0 (never) or positive, got {sync_every}"
+        )
         self.policy, self.score, self.sync_every = policy, score, sync_every
         self.model = copy.deepcopy(policy).eval().requires_grad_(False)
         self.step = 0
@@ -93,8 +95,10 @@ class ReferenceCopy:
         require(
             ours.keys() == theirs.keys()
             and all(ours[name].shape == theirs[name].shape for name in ours),
-            "the state is that of a reference with other weights: "
-            f"{sorted(ours.keys() ^ theirs.keys())[:5] or 'their shapes'} differ",
+            lambda: (
+                "the state is that of a reference with other weights: "
+                f"{sorted(ours.keys() ^ theirs.keys())[:5] or 'their shapes'} differ"
+            ),
         )
         for name, tensor in ours.items():
             tensor.copy_(theirs[name])

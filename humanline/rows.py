@@ -45,8 +45,10 @@ class Layout:
         if cu_seqlens is None:
             require(
                 mask.dim() == 2,
-                f"rows must have shape [B, T], or [N] together with cu_seqlens; got "
-                f"{list(mask.shape)} and no cu_seqlens",
+                lambda: (
+                    f"rows must have shape [B, T], or [N] together with cu_seqlens; got "
+                    f"{list(mask.shape)} and no cu_seqlens"
+                ),
             )
             sequence_of_row, lengths = None, flat.view(shape).sum(1)
         else:
@@ -87,8 +89,10 @@ class Layout:
             return self.expand(x)
         require(
             tuple(x.shape) == self.shape,
-            f"{name} must have shape {[self.num_sequences]} (one a sequence) or "
-            f"{list(self.shape)} (one a row), got {list(x.shape)}",
+            lambda: (
+                f"{name} must have shape {[self.num_sequences]} (one a sequence) or "
+                f"{list(self.shape)} (one a row), got {list(x.shape)}"
+            ),
         )
         return x.reshape(-1)
 
@@ -96,16 +100,18 @@ class Layout:
 def _check_cu_seqlens(mask: Tensor, cu_seqlens: Tensor) -> None:
     require(
         mask.dim() == 1,
-        f"packed rows must have shape [N] when cu_seqlens is given, got {list(mask.shape)}",
+        lambda: f"packed rows must have shape [N] when cu_seqlens is given, got {list(mask.shape)}",
     )
     require(
         cu_seqlens.dim() == 1 and cu_seqlens.numel() >= 2 and not cu_seqlens.is_floating_point(),
-        f"cu_seqlens must be an integer tensor [S+1] with S >= 1, got {cu_seqlens.dtype} "
-        f"{list(cu_seqlens.shape)}",
+        lambda: (
+            f"cu_seqlens must be an integer tensor [S+1] with S >= 1, got {cu_seqlens.dtype} "
+            f"{list(cu_seqlens.shape)}"
+        ),
     )
     require(
         cu_seqlens.device == mask.device,
-        f"cu_seqlens is on {cu_seqlens.device}, the rows are on {mask.device}",
+        lambda: f"cu_seqlens is on {cu_seqlens.device}, the rows are on {mask.device}",
     )
     rows = mask.numel()
     require(

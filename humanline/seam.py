@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from humanline import autograd
 from humanline.dtypes import at_least_float32
 from humanline.rows import Layout, Rows
 
@@ -112,8 +112,8 @@ def evaluate(
     """The seam itself, for flat log-probs ``[N]`` of all rows, or of those in ``index``."""
     objective, batch = problem.objective, problem.batch_of(index)
     if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
-        # Dynamo does not trace autograd.grad: there the loss stays a plain graph, and autograd finds
-        # the coefficients in the backward.
+        # Dynamo does not trace autograd.grad: there the loss stays a plain graph, and autograd
+        # finds the coefficients in the backward.
         rows = problem.rows(logps, entropy, index)
         return Evaluation(objective.loss(rows, **batch), Coefficients(None, None), rows)
     with torch.enable_grad():
@@ -144,12 +144,13 @@ def finish(
 
 class _Attach(torch.autograd.Function):
     @staticmethod
+    @autograd.forward
     def forward(ctx, loss, logps, entropy, grad_logps, grad_entropy):
         ctx.save_for_backward(grad_logps, grad_entropy)
         return loss.clone()
 
     @staticmethod
-    @once_differentiable
+    @autograd.backward
     def backward(ctx, grad):
         grad_logps, grad_entropy = ctx.saved_tensors
         entropy = None if grad_entropy is None else grad * grad_entropy

@@ -108,8 +108,10 @@ class Objective:
         checks.require_floating(policy_logps=policy_logps, entropy=entropy)
         checks.require(
             policy_logps.shape == mask.shape,
-            f"policy_logps and mask must have the same shape, got {list(policy_logps.shape)} and "
-            f"{list(mask.shape)}",
+            lambda: (
+                f"policy_logps and mask must have the same shape, got "
+                f"{list(policy_logps.shape)} and {list(mask.shape)}"
+            ),
         )
         checks.require(
             entropy is None or entropy.shape == mask.shape,
@@ -121,7 +123,7 @@ class Objective:
         problem = self._problem(Layout.of(mask, cu_seqlens), ref_logps, batch)
         checks.require(
             entropy is not None or not self.needs_entropy,
-            f"{type(self).__name__} has an entropy bonus: from_logps needs entropy=…",
+            lambda: f"{type(self).__name__} has an entropy bonus: from_logps needs entropy=…",
         )
         return finish(problem, policy_logps, entropy if self.needs_entropy else None)
 
@@ -203,8 +205,10 @@ class Objective:
             checks.require_floating(ref_logps=ref_logps)
             checks.require(
                 tuple(ref_logps.shape) == layout.shape,
-                f"ref_logps must have the rows' shape {list(layout.shape)}, got "
-                f"{list(ref_logps.shape)}",
+                lambda: (
+                    f"ref_logps must have the rows' shape {list(layout.shape)}, got "
+                    f"{list(ref_logps.shape)}"
+                ),
             )
             checks.require_same_device(rows=layout.mask, ref_logps=ref_logps)
             ref_logps = at_least_float32(ref_logps.detach()).reshape(-1)
@@ -214,7 +218,9 @@ class Objective:
         """For ``prepare``: the objective cannot do without the reference's log-probs."""
         checks.require(
             ref_logps is not None,
-            f"{type(self).__name__} compares the policy with a reference: it needs ref_logps",
+            lambda: (
+                f"{type(self).__name__} compares the policy with a reference: it needs ref_logps"
+            ),
         )
 
 

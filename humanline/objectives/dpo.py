@@ -53,8 +53,10 @@ def check_pairs(layout: Layout, name: str) -> None:
     """The batch holds as many chosen sequences (first half) as rejected ones (second half)."""
     checks.require(
         layout.num_sequences % 2 == 0 and layout.num_sequences > 0,
-        f"{name} needs chosen sequences in the first half of the batch and rejected ones in the "
-        f"second, so an even number of sequences; got {layout.num_sequences}",
+        lambda: (
+            f"{name} needs chosen sequences in the first half of the batch and rejected ones in "
+            f"the second, so an even number of sequences; got {layout.num_sequences}"
+        ),
     )
 
 

@@ -51,20 +51,22 @@ class PolicyObjective(TokenObjective):
         old_logps: Tensor | str | None = None,
     ) -> dict[str, Any]:
         name = type(self).__name__
-        checks.require(advantages is not None, f"{name} needs advantages, [S] or one a row")
+        checks.require(advantages is not None, lambda: f"{name} needs advantages, [S] or one a row")
         if self.beta != 0:
             self.require_ref_logps(ref_logps)
         if isinstance(old_logps, str):
             checks.require(
                 old_logps == "policy",
-                f'old_logps must be a tensor or "policy", got {old_logps!r}',
+                lambda: f'old_logps must be a tensor or "policy", got {old_logps!r}',
             )
         elif old_logps is not None:
             checks.require_floating(old_logps=old_logps)
             checks.require(
                 tuple(old_logps.shape) == layout.shape,
-                f"old_logps must have the rows' shape {list(layout.shape)}, got "
-                f"{list(old_logps.shape)}",
+                lambda: (
+                    f"old_logps must have the rows' shape {list(layout.shape)}, got "
+                    f"{list(old_logps.shape)}"
+                ),
             )
             old_logps = at_least_float32(old_logps.detach()).reshape(-1)
         checks.require_floating(advantages=advantages)

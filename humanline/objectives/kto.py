@@ -63,7 +63,9 @@ class KTO(Objective):
         checks.require(desirable is not None, "KTO needs desirable, a bool tensor [S]")
         checks.require(
             tuple(desirable.shape) == (layout.num_sequences,),
-            f"desirable must have shape {[layout.num_sequences]}, got {list(desirable.shape)}",
+            lambda: (
+                f"desirable must have shape {[layout.num_sequences]}, got {list(desirable.shape)}"
+            ),
         )
         checks.require_same_device(rows=layout.mask, desirable=desirable)
         if self.loss_type == "apo_zero_unpaired":
@@ -81,13 +83,17 @@ class KTO(Objective):
         ]
         checks.require(
             not missing,
-            f"KTO needs its reference point: z0, or kl_logps, kl_ref_logps and kl_mask of "
-            f"mismatched pairs; missing {', '.join(missing)}",
+            lambda: (
+                f"KTO needs its reference point: z0, or kl_logps, kl_ref_logps and kl_mask of "
+                f"mismatched pairs; missing {', '.join(missing)}"
+            ),
         )
         checks.require(
             logps.shape == ref_logps.shape == mask.shape,
-            f"kl_logps, kl_ref_logps and kl_mask must have one shape, got {list(logps.shape)}, "
-            f"{list(ref_logps.shape)} and {list(mask.shape)}",
+            lambda: (
+                f"kl_logps, kl_ref_logps and kl_mask must have one shape, got {list(logps.shape)}, "
+                f"{list(ref_logps.shape)} and {list(mask.shape)}"
+            ),
         )
         checks.require_floating(kl_logps=logps, kl_ref_logps=ref_logps)
         checks.require_same_device(

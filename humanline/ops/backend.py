@@ -23,15 +23,17 @@ def choose_backend(x: Tensor, backend: str | None = None) -> str:
     """
     require(
         backend in (None, "triton", "torch"),
-        f'backend must be "triton", "torch" or None, got {backend!r}',
+        lambda: f'backend must be "triton", "torch" or None, got {backend!r}',
     )
     can = HAS_TRITON and (x.device.type == "cuda" or (x.device.type == "cpu" and interpreting()))
     if backend == "triton":
         require(
             can and x.element_size() <= 4,
-            f'backend="triton" needs Triton, a GPU tensor (or TRITON_INTERPRET=1) and at most 32 '
-            f"bits an element; got {x.dtype} on {x.device}, Triton "
-            f"{'installed' if HAS_TRITON else 'not installed'}",
+            lambda: (
+                f'backend="triton" needs Triton, a GPU tensor (or TRITON_INTERPRET=1) and at most '
+                f"32 bits an element; got {x.dtype} on {x.device}, Triton "
+                f"{'installed' if HAS_TRITON else 'not installed'}"
+            ),
         )
     if backend is None:
         # The interpreter is for tests: nobody wants it unasked.

@@ -41,25 +41,32 @@ def check_hidden(hidden: Tensor, weight: Tensor, labels: Tensor, head: Head) -> 
     checks.require_floating(hidden=hidden, weight=weight, bias=head.bias)
     checks.require(
         hidden.dim() >= 2 and hidden.shape[:-1] == labels.shape,
-        f"hidden [..., H] and labels [...] must agree, got {list(hidden.shape)} and "
-        f"{list(labels.shape)}",
+        lambda: (
+            f"hidden [..., H] and labels [...] must agree, got {list(hidden.shape)} and "
+            f"{list(labels.shape)}"
+        ),
     )
     checks.require(
         weight.dim() == 2 and weight.shape[1] == hidden.shape[-1],
-        f"weight must have shape [V, {hidden.shape[-1]}] for this hidden, got {list(weight.shape)}",
+        lambda: (
+            f"weight must have shape [V, {hidden.shape[-1]}] for this hidden, got "
+            f"{list(weight.shape)}"
+        ),
     )
     checks.require(
         head.bias is None or head.bias.shape == weight.shape[:1],
-        f"bias must have shape {list(weight.shape[:1])}, got "
-        f"{list(head.bias.shape) if head.bias is not None else None}",
+        lambda: (
+            f"bias must have shape {list(weight.shape[:1])}, got "
+            f"{list(head.bias.shape) if head.bias is not None else None}"
+        ),
     )
     checks.require(
         hidden.dtype == weight.dtype or torch.is_autocast_enabled(hidden.device.type),
-        f"hidden and weight must have one dtype, got {hidden.dtype} and {weight.dtype}",
+        lambda: f"hidden and weight must have one dtype, got {hidden.dtype} and {weight.dtype}",
     )
     checks.require(
         head.logit_softcap is None or head.logit_softcap > 0,
-        f"logit_softcap must be positive or None, got {head.logit_softcap}",
+        lambda: f"logit_softcap must be positive or None, got {head.logit_softcap}",
     )
     checks.require_same_device(hidden=hidden, weight=weight, labels=labels, bias=head.bias)
     checks.require_labels(labels, weight.shape[0], IGNORE_INDEX)
@@ -75,8 +82,10 @@ def block_rows(weight: Tensor, buffers: int, workspace_bytes: int) -> int:
     per_row = buffers * weight.shape[0] * compute_dtype(weight.dtype).itemsize
     checks.require(
         workspace_bytes >= per_row,
-        f"workspace_bytes must be at least {per_row} to hold the logits of one row "
-        f"(V={weight.shape[0]}), got {workspace_bytes}",
+        lambda: (
+            f"workspace_bytes must be at least {per_row} to hold the logits of one row "
+            f"(V={weight.shape[0]}), got {workspace_bytes}"
+        ),
     )
     return workspace_bytes // per_row
 

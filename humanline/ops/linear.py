@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from humanline import autograd
 from humanline.dtypes import compute_dtype
 from humanline.ops.head import (
     MAX_BLOCK_ROWS,
@@ -134,6 +135,7 @@ def split_scale(coefficients: Coefficients) -> tuple[Tensor, Tensor | None, Tens
 
 class _LinearTokenLogps(torch.autograd.Function):
     @staticmethod
+    @autograd.forward
     def forward(ctx, hidden, weight, bias, labels, head, with_entropy, workspace_bytes):
         rows = min(block_rows(weight, 1 + with_entropy, workspace_bytes), MAX_BLOCK_ROWS)
         logps = hidden.new_zeros(len(labels), dtype=compute_dtype(weight.dtype))
@@ -151,7 +153,7 @@ class _LinearTokenLogps(torch.autograd.Function):
         return logps, entropy
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @autograd.backward
     def backward(ctx, g, g_entropy):
         hidden, weight, bias, labels = ctx.saved_tensors
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]

@@ -11,8 +11,8 @@ while the logits are still there.
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from humanline import autograd
 from humanline.dtypes import compute_dtype
 from humanline.ops.head import (
     MAX_BLOCK_ROWS,
@@ -89,6 +89,7 @@ class _LinearObjective(torch.autograd.Function):
     """Gradients formed in the forward, per unit of the row's scale; scaled in the backward."""
 
     @staticmethod
+    @autograd.forward
     def forward(ctx, hidden, weight, bias, labels, head, problem, rows):
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         with_entropy = problem.objective.needs_entropy
@@ -137,7 +138,7 @@ class _LinearObjective(torch.autograd.Function):
         return whole.loss, problem.stats(whole)
 
     @staticmethod
-    @once_differentiable
+    @autograd.backward
     def backward(ctx, grad, _):
         dh, scale, dw, db = ctx.saved_tensors
         weight_dtype, bias_dtype = ctx.dtypes

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from humanline import checks
+from humanline import autograd, checks
 from humanline.dtypes import compute_dtype
 from humanline.ops.backend import choose_backend
 from humanline.ops.blocks import Selection, empty_gradient, row_blocks
@@ -55,7 +55,9 @@ def shift(labels: Tensor) -> Tensor:
     Returns:
         ``[B, T]``: ``labels[b, t+1]`` at position ``t``, -100 at the last.
     """
-    checks.require(labels.dim() == 2, f"labels must have shape [B, T], got {list(labels.shape)}")
+    checks.require(
+        labels.dim() == 2, lambda: f"labels must have shape [B, T], got {list(labels.shape)}"
+    )
     return torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
 
 
@@ -63,8 +65,10 @@ def check_logits(logits: Tensor, labels: Tensor, temperature: float | Tensor) ->
     checks.require_floating(logits=logits)
     checks.require(
         logits.dim() >= 2 and logits.shape[:-1] == labels.shape,
-        f"logits [..., V] and labels [...] must agree, got {list(logits.shape)} and "
-        f"{list(labels.shape)}",
+        lambda: (
+            f"logits [..., V] and labels [...] must agree, got {list(logits.shape)} and "
+            f"{list(labels.shape)}"
+        ),
     )
     checks.require_same_device(logits=logits, labels=labels)
     checks.require_labels(labels, logits.shape[-1], IGNORE_INDEX)
@@ -74,14 +78,16 @@ def check_logits(logits: Tensor, labels: Tensor, temperature: float | Tensor) ->
 def check_temperature(temperature: float | Tensor, labels: Tensor) -> None:
     if not isinstance(temperature, Tensor):
         checks.require(
-            temperature > 0 and math.isfinite(temperature),
-            f"temperature must be positive and finite, got {temperature}",
+            0 < temperature < math.inf,
+            lambda: f"temperature must be positive and finite, got {temperature}",
         )
         return
     checks.require(
         temperature.dim() == 0 or temperature.shape == labels.shape,
-        f"temperature must be a float or have one value a row, {list(labels.shape)}; got "
-        f"{list(temperature.shape)}",
+        lambda: (
+            f"temperature must be a float or have one value a row, {list(labels.shape)}; got "
+            f"{list(temperature.shape)}"
+        ),
     )
     checks.require(
         lambda: bool((temperature > 0).all()),
@@ -174,6 +180,7 @@ def _setup_context(ctx, inputs, output):
     ctx.set_materialize_grads(True)
 
 
+@autograd.backward
 def _backward(ctx, g, g_entropy, *_):
     g_entropy = g_entropy if ctx.with_entropy else None
     grad = _token_logps_backward(g, g_entropy, *ctx.saved_tensors, ctx.backend)

@@ -5,8 +5,8 @@ A row is read once, its gradient written once; nothing else of size ``[N, V]`` e
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from humanline import autograd
 from humanline.dtypes import compute_dtype
 from humanline.ops.blocks import empty_gradient, indices, row_blocks
 from humanline.ops.logits import divide_by_temperature, row_temperature
@@ -25,6 +25,7 @@ def logits_objective(
 
 class _LogitsObjective(torch.autograd.Function):
     @staticmethod
+    @autograd.forward
     def forward(ctx, logits, labels, temperature, problem):
         dtype, with_entropy = compute_dtype(logits.dtype), problem.objective.needs_entropy
         grad, grad_rows = empty_gradient(logits, labels == IGNORE_INDEX)
@@ -51,7 +52,7 @@ class _LogitsObjective(torch.autograd.Function):
         return whole.loss, problem.stats(whole)
 
     @staticmethod
-    @once_differentiable
+    @autograd.backward
     def backward(ctx, upstream, _):
         (grad,) = ctx.saved_tensors
         return scaled(grad, upstream), None, None, None

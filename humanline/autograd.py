@@ -1,0 +1,41 @@
+"""Decorators for the forward and backward of the library's autograd functions."""
+
+from functools import wraps
+
+import torch
+from torch import Tensor
+
+
+def forward(function):
+    """Run outside autocast: the function has chosen its dtypes itself."""
+
+    @wraps(function)
+    def run(ctx, *args):
+        with torch.autocast(_device_type(args), enabled=False):
+            return function(ctx, *args)
+
+    return run
+
+
+def backward(function):
+    """Run outside autocast, and refuse a graph of the gradient: it is formed in place, not traced.
+
+    Raises:
+        RuntimeError: the backward runs with ``create_graph=True``.
+    """
+
+    @wraps(function)
+    def run(ctx, *grads):
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "humanline losses cannot be differentiated twice: call backward without "
+                "create_graph=True, or use from_logps on log-probs of your own"
+            )
+        with torch.autocast(_device_type(grads), enabled=False):
+            return function(ctx, *grads)
+
+    return run
+
+
+def _device_type(args) -> str:
+    return next(x.device.type for x in args if isinstance(x, Tensor))

@@ -1,0 +1,152 @@
+"""The ops as torch sees them: registered, compilable, safe under autocast; their memory."""
+
+import pytest
+import torch
+import torch._dynamo.testing
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import humanline as hl
+from humanline.ops.logits import _token_logps
+
+V, H = 13, 6
+
+
+@pytest.fixture
+def batch():
+    logits = torch.randn(2, 5, V, requires_grad=True)
+    labels = torch.randint(0, V, (2, 5))
+    labels[0, :2] = -100
+    return logits, labels
+
+
+@pytest.mark.parametrize("with_entropy", [False, True])
+def test_opcheck(batch, with_entropy):
+    temperature = torch.tensor(1.3, dtype=torch.float64)
+    result = torch.library.opcheck(_token_logps, (*batch, temperature, with_entropy, "torch"))
+    assert set(result.values()) == {"SUCCESS"}
+
+
+OBJECTIVES = [
+    (hl.DPO(perception=hl.Clip(-1, 1)), {}),
+    (hl.GRPO(perception=hl.Clip(-1, 1), beta=0.1), {"advantages": torch.tensor([1.0, -1.0])}),
+    (hl.KTO(), {"desirable": torch.tensor([True, False]), "z0": 0.1}),
+    (hl.SFT(), {}),
+]
+
+
+@pytest.mark.parametrize("objective, extra", OBJECTIVES, ids=lambda x: type(x).__name__)
+def test_fullgraph_compile_of_from_logits(batch, objective, extra):
+    logits, labels = batch
+    ref_logps = torch.randn(labels.shape) - 3
+    # Eagerly, each row's gradient is formed in the forward; compiled, it is the op's backward.
+    compiled = torch.compile(objective.from_logits, fullgraph=True, backend="aot_eager")
+    results = []
+    for run in (compiled, objective.from_logits):
+        loss, stats = run(logits, labels, ref_logps, temperature=0.8, **extra)
+        results.append(
+            (loss, torch.autograd.grad(loss, logits)[0], stats["humanline/unclamped"])
+            if objective.needs_reference
+            else (loss, torch.autograd.grad(loss, logits)[0])
+        )
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_new_lengths_do_not_compile_anew():
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+
+    def loss(logits, labels):
+        return hl.token_logps(logits, labels).sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend=counter, dynamic=True)
+    counts = []
+    for length in (3, 5, 8, 9):
+        compiled(torch.randn(2, length, V), torch.zeros(2, length, dtype=torch.long))
+        counts.append(counter.frame_count)
+    assert counts == [counts[0]] * 4
+
+
+class LargestTensor(TorchDispatchMode):
+    """Elements of the largest tensor any operation returned."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for x in tree_leaves(result):
+            if isinstance(x, torch.Tensor):
+                self.elements = max(self.elements, x.numel())
+        return result
+
+
+@pytest.mark.parametrize("objective", [hl.GRPO(), hl.DPO()], ids=lambda x: type(x).__name__)
+@pytest.mark.parametrize("frozen_head", [False, True])
+def test_from_hidden_never_holds_all_logits(objective, frozen_head):
+    n, vocab, rows = 64, 1000, 8
+    hidden = torch.randn(4, n // 4, H, requires_grad=True)
+    weight = torch.randn(vocab, H, requires_grad=not frozen_head)
+    labels = torch.randint(0, vocab, (4, n // 4))
+    extra = {"advantages": torch.randn(4)} if isinstance(objective, hl.GRPO) else {}
+    with LargestTensor() as largest:
+        loss, _ = objective.from_hidden(
+            hidden,
+            weight,
+            labels,
+            torch.zeros(labels.shape),
+            workspace_bytes=rows * vocab * 4,
+            **extra,
+        )
+        loss.backward()
+    assert largest.elements == max(rows * vocab, weight.numel())
+
+
+def test_autocast_runs_the_head_in_its_dtype():
+    hidden = torch.randn(2, 3, H, requires_grad=True)
+    weight = torch.randn(V, H, requires_grad=True)
+    labels = torch.randint(0, V, (2, 3))
+    with torch.autocast("cpu", torch.bfloat16):
+        logps = hl.linear_token_logps(hidden, weight, labels)
+    expected = hl.linear_token_logps(hidden.bfloat16(), weight.bfloat16(), labels)
+    assert logps.dtype == torch.float32
+    assert torch.equal(logps, expected)
+    logps.sum().backward()
+    assert hidden.grad.dtype == weight.grad.dtype == torch.float32
+
+
+def test_bfloat16_logps_are_not_rounded_to_bfloat16():
+    hidden = torch.randn(4, 8, 64).bfloat16()
+    weight = (torch.randn(5000, 64) / 8).bfloat16()
+    labels = torch.randint(0, 5000, (4, 8))
+    truth = hl.linear_token_logps(hidden.double(), weight.double(), labels)
+    error = (hl.linear_token_logps(hidden, weight, labels) - truth).abs()
+    assert error.max() < 2e-4 and error.mean() < 2e-5
+
+
+def test_double_backward_is_an_error(batch):
+    logits, labels = batch
+    hidden = torch.randn(2, 5, H, requires_grad=True)
+    weight = torch.randn(V, H, requires_grad=True)
+    for loss, x in (
+        (hl.SFT().from_hidden(hidden, weight, labels)[0], hidden),
+        (hl.linear_token_logps(hidden, weight, labels).sum(), hidden),
+        (hl.SFT().from_logits(logits, labels)[0], logits),
+        (hl.token_logps(logits, labels).sum(), logits),
+    ):
+        with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
+            torch.autograd.grad(loss, x, create_graph=True)
+
+
+def test_activation_checkpointing_gives_the_same_gradient(batch):
+    from torch.utils.checkpoint import checkpoint
+
+    _, labels = batch
+    hidden = torch.randn(2, 5, H, requires_grad=True)
+    weight = torch.randn(V, H, requires_grad=True)
+
+    def loss(h):
+        return hl.SFT().from_hidden(h, weight, labels)[0]
+
+    (plain,) = torch.autograd.grad(loss(hidden), hidden)
+    (again,) = torch.autograd.grad(checkpoint(loss, hidden, use_reentrant=False), hidden)
+    assert torch.equal(plain, again)
