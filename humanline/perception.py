@@ -25,6 +25,11 @@ class Perception:
     #: cannot decide a row's gradient before all rows are known.
     needs_batch: ClassVar[bool] = False
 
+    @property
+    def bounds(self) -> tuple[float, float] | None:
+        """Lower and upper bound if the perception is a clamp, which kernels have; else None."""
+        return None
+
     def perceive(self, log_ratio: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Perceived log-ratios, and which tokens kept their gradient.
 
@@ -43,6 +48,10 @@ class Perception:
 @dataclass(frozen=True)
 class Identity(Perception):
     """``c = d``: no perceptual bias."""
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        return -math.inf, math.inf
 
     def perceive(self, log_ratio: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         return log_ratio, torch.ones_like(mask)
@@ -76,6 +85,10 @@ class Clip(Perception):
                 f"Clip needs log_eps_P <= log_eps_R, got log_eps_P={self.log_eps_P}, "
                 f"log_eps_R={self.log_eps_R}"
             )
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        return self.log_eps_P, self.log_eps_R
 
     def perceive(self, log_ratio: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         unclamped = (log_ratio > self.log_eps_P) & (log_ratio < self.log_eps_R)

@@ -179,6 +179,12 @@ class Rows:
     length: Tensor
     layout: Layout = field(repr=False)
 
+    @classmethod
+    def blank(cls, layout: Layout) -> "Rows":
+        """All rows of a batch whose log-probs are not known yet."""
+        length = layout.expand(layout.lengths)
+        return cls(None, None, None, None, None, None, layout.mask, length, layout)
+
     @property
     def tokens(self) -> Tensor:
         """Completion tokens in the whole batch."""

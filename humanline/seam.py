@@ -65,6 +65,10 @@ class Problem:
         """Whether a row's coefficient depends on that row alone."""
         return self.objective.token_level and not self.objective.perception.needs_batch
 
+    def kernel_arguments(self) -> dict[str, Any] | None:
+        """Arguments of the one-launch kernel, if the objective exists as a device function."""
+        return self.objective.kernel_arguments(self.layout, self.ref_logps, **self.batch)
+
     def stats(self, evaluation: "Evaluation") -> dict[str, Tensor]:
         """The objective's statistics and the library's own, detached."""
         rows, coefficients = evaluation.rows, evaluation.coefficients

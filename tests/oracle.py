@@ -16,7 +16,7 @@ PERCEPTIONS = {
     "identity": hl.Identity(),
     "clip": hl.Clip(-0.4, 0.3),
     "clip-off-zero": hl.Clip(0.1, 0.6),
-    "beta": hl.BetaRejection(gamma_P=1.0, gamma_R=1.0, seed=3),
+    "beta": hl.BetaRejection(gamma_P=0.2, gamma_R=0.2, seed=3),
     "prospect": hl.ProspectWeight(),
 }
 

@@ -248,7 +248,7 @@ NEVER = 1e-7  # Beta(NEVER, 1) is 0 in all but one draw of a million: that side 
 @pytest.mark.parametrize("gamma", [0.5, 1.0, 3.0])
 @pytest.mark.parametrize("side", ["P", "R"])
 def test_one_sided_rejection_accepts_with_probability_r_over_m_to_the_gamma(gamma, side):
-    n, log_r = 5_000, torch.tensor([0.0, -0.1, -0.3, -0.7, -1.2, -2.0], dtype=torch.float64)
+    n, log_r = 20_000, torch.tensor([0.0, -0.1, -0.3, -0.7, -1.2, -2.0], dtype=torch.float64)
     shapes = {"gamma_P": NEVER, "gamma_R": NEVER} | {f"gamma_{side}": gamma}
     d = log_r.repeat_interleave(n) + 0.4  # r/M does not change
     _, _, kept = perceive(hl.BetaRejection(**shapes, seed=9), d if side == "P" else -d)

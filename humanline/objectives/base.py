@@ -153,14 +153,9 @@ class Objective:
         layout = Layout.of(labels != IGNORE_INDEX, cu_seqlens)
         ops.check_logits(logits, labels, temperature)
         problem = self._problem(layout, ref_logps, batch)
-        if (
-            problem.token_level
-            and ops.choose_backend(logits, backend) == "torch"
-            and torch.is_grad_enabled()
-            and logits.requires_grad
-            and not torch.compiler.is_compiling()
-        ):
-            return ops.logits_objective(problem, logits, labels, temperature)
+        backend = ops.choose_backend(logits, backend)
+        if ops.gradient_in_forward(problem, logits, backend):
+            return ops.logits_objective(problem, logits, labels, temperature, backend)
         result = ops.token_logps(
             logits, labels, temperature, return_entropy=self.needs_entropy, backend=backend
         )
@@ -237,6 +232,15 @@ class TokenObjective(Objective):
         ``rows.token_mean`` and ``rows.sequence_mean`` turn per-token values into such shares.
         """
         raise NotImplementedError(f"{type(self).__name__} does not define token_loss()")
+
+    def kernel_arguments(
+        self, layout: Layout, ref_logps: Tensor | None, **batch: Any
+    ) -> dict[str, Any] | None:
+        """Arguments of ``kernels.token_loss`` if this very loss exists as a device function.
+
+        Without one an objective takes two launches from logits on a GPU instead of one.
+        """
+        return None
 
     def loss(self, rows: Rows, **batch: Any) -> Tensor:
         return torch.where(rows.mask, self.token_loss(rows, **batch), 0).sum()

@@ -83,6 +83,29 @@ class PolicyObjective(TokenObjective):
             return old_logps
         return logps.detach() if old_logps == "policy" or ref_logps is None else ref_logps
 
+    def common_kernel_arguments(
+        self, layout: Layout, ref_logps: Tensor | None, advantages: Tensor, old_logps
+    ) -> dict[str, Any] | None:
+        """What GRPO's and PPO's calls of the kernel share; None where perception is no clamp."""
+        if self.perception.bounds is None:
+            return None
+        if not isinstance(old_logps, Tensor):
+            old_logps = None if old_logps == "policy" else ref_logps
+        log_eps_P, log_eps_R = self.perception.bounds
+        return {
+            "advantages": advantages,
+            "anchor": old_logps,
+            "ref": ref_logps if self.beta != 0 else None,
+            "entropy_weight": (
+                -self.entropy_coef / layout.tokens.clamp(min=1) if self.needs_entropy else None
+            ),
+            "log_eps_P": log_eps_P,
+            "log_eps_R": log_eps_R,
+            "low": self.epsilon,
+            "high": self.upper_epsilon,
+            "beta": self.beta,
+        }
+
     def minus_entropy_bonus(self, rows: Rows) -> Tensor | float:
         """Each row's share of ``−entropy_coef · mean entropy``, the mean over completion tokens."""
         return -self.entropy_coef * rows.token_mean(rows.entropy) if self.needs_entropy else 0.0
@@ -178,6 +201,23 @@ class GRPO(PolicyObjective):
     ) -> dict[str, Any]:
         prepared = super().prepare(layout, ref_logps, **batch)
         return prepared | {"num_items_in_batch": num_items_in_batch}
+
+    def kernel_arguments(
+        self, layout: Layout, ref_logps: Tensor | None, advantages, old_logps, num_items_in_batch
+    ) -> dict[str, Any] | None:
+        common = self.common_kernel_arguments(layout, ref_logps, advantages, old_logps)
+        if common is None or type(self) is not GRPO:  # a subclass may define another loss
+            return None
+        penalty = "k3·ratio" if self.use_bias_correction_kl else "k3"
+        rows, one = Rows.blank(layout), torch.ones_like(advantages)
+        return common | {
+            "kind": self.loss_type if self.loss_type in ("cispo", "sapo") else "clipped",
+            "penalty": penalty if self.beta != 0 else None,
+            "weight": SHARES[self.loss_type](rows, one, self, num_items_in_batch),
+            "delta": self.delta,
+            "temperature_pos": self.sapo_temperature_pos,
+            "temperature_neg": self.sapo_temperature_neg,
+        }
 
     def token_loss(self, rows: Rows, advantages, old_logps, num_items_in_batch) -> Tensor:
         ratio = self._ratio(rows)

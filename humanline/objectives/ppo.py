@@ -1,11 +1,13 @@
 """PPO: the clipped surrogate with per-token advantages."""
 
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from humanline.objectives.grpo import PolicyObjective, clip_stats, clipped_surrogate, k3
-from humanline.rows import Rows
+from humanline.rows import Layout, Rows
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,18 @@ class PPO(PolicyObjective):
     def _kl(self, rows: Rows) -> Tensor:
         d = rows.logps - rows.ref_logps
         return d if self.kl_estimator == "k1" else k3(d)
+
+    def kernel_arguments(
+        self, layout: Layout, ref_logps: Tensor | None, advantages, old_logps
+    ) -> dict[str, Any] | None:
+        common = self.common_kernel_arguments(layout, ref_logps, advantages, old_logps)
+        if common is None or type(self) is not PPO:  # a subclass may define another loss
+            return None
+        return common | {
+            "kind": "clipped",
+            "penalty": self.kl_estimator if self.beta != 0 else None,
+            "weight": Rows.blank(layout).token_mean(torch.ones_like(advantages)),
+        }
 
     def token_loss(self, rows: Rows, advantages, old_logps) -> Tensor:
         ratio = rows.log_ratio.exp()

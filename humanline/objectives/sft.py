@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from humanline.objectives.base import TokenObjective
@@ -29,10 +30,23 @@ class SFT(TokenObjective):
     ) -> dict[str, Any]:
         return {"num_items_in_batch": num_items_in_batch}
 
+    def kernel_arguments(
+        self, layout: Layout, ref_logps: Tensor | None, num_items_in_batch
+    ) -> dict[str, Any] | None:
+        if type(self) is not SFT:  # a subclass may define another loss
+            return None
+        weight = torch.where(layout.mask, 1.0, 0.0)
+        return {
+            "kind": "nll",
+            "weight": self._share(Rows.blank(layout), weight, num_items_in_batch),
+        }
+
     def token_loss(self, rows: Rows, num_items_in_batch) -> Tensor:
-        if num_items_in_batch is None:
-            return rows.token_mean(-rows.logps)
-        return -rows.logps / num_items_in_batch
+        return self._share(rows, -rows.logps, num_items_in_batch)
+
+    @staticmethod
+    def _share(rows: Rows, loss: Tensor, num_items: int | Tensor | None) -> Tensor:
+        return rows.token_mean(loss) if num_items is None else loss / num_items
 
     def stats(self, rows: Rows, num_items_in_batch) -> dict[str, Tensor]:
         return {"logps/mean": rows.token_mean(rows.logps).sum()}

@@ -99,7 +99,7 @@ def check_temperature(temperature: float | Tensor, labels: Tensor) -> None:
 def row_temperature(temperature: float | Tensor, labels: Tensor) -> Tensor:
     """Temperatures as a flat tensor with one value a row, or a scalar tensor for all rows."""
     if not isinstance(temperature, Tensor):
-        return torch.tensor(temperature, dtype=torch.float64)
+        return torch.full((), temperature, dtype=torch.float64, device=labels.device)
     return temperature.detach().to(labels.device).reshape(-1 if temperature.dim() else ())
 
 

@@ -12,50 +12,85 @@ from humanline.ops.blocks import empty_gradient, indices, row_blocks
 from humanline.ops.logits import divide_by_temperature, row_temperature
 from humanline.ops.softmax import SoftmaxBlock
 from humanline.rows import IGNORE_INDEX
-from humanline.seam import Problem, evaluate
+from humanline.seam import Coefficients, Evaluation, Problem, evaluate
+
+
+def gradient_in_forward(problem: Problem, logits: Tensor, backend: str) -> bool:
+    """Whether :func:`logits_objective` takes this problem; else log-probs, objective, backward."""
+    if not torch.is_grad_enabled() or not logits.requires_grad or torch.compiler.is_compiling():
+        return False
+    return problem.token_level and (backend == "torch" or problem.kernel_arguments() is not None)
 
 
 def logits_objective(
-    problem: Problem, logits: Tensor, labels: Tensor, temperature: float | Tensor
+    problem: Problem, logits: Tensor, labels: Tensor, temperature: float | Tensor, backend: str
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss and statistics of a token-level problem from ``logits [..., V]``, checked."""
     temperature = row_temperature(temperature, labels)
-    return _LogitsObjective.apply(logits, labels.reshape(-1), temperature, problem)
+    return _LogitsObjective.apply(logits, labels.reshape(-1), temperature, problem, backend)
 
 
 class _LogitsObjective(torch.autograd.Function):
     @staticmethod
     @autograd.forward
-    def forward(ctx, logits, labels, temperature, problem):
-        dtype, with_entropy = compute_dtype(logits.dtype), problem.objective.needs_entropy
-        grad, grad_rows = empty_gradient(logits, labels == IGNORE_INDEX)
-        logps = logits.new_zeros(len(labels), dtype=dtype)
-        entropy = torch.zeros_like(logps) if with_entropy else None
-        for view, local, rows in row_blocks(logits, labels != IGNORE_INDEX):
-            in_place = grad.dtype == dtype and isinstance(rows, slice)
-            z = grad_rows[rows].copy_(view[local]) if in_place else view[local].to(dtype, copy=True)
-            divide_by_temperature(z, temperature, rows)
-            block = SoftmaxBlock(z, labels[rows].long(), with_entropy)
-            logps[rows] = block.logps
-            if with_entropy:
-                entropy[rows] = block.entropy
-            coefficients = evaluate(
-                problem, block.logps, block.entropy, indices(rows, labels)
-            ).coefficients
-            dz = block.gradient(coefficients.logps, coefficients.entropy)
-            divide_by_temperature(dz, temperature, rows)
-            dz.index_fill_(0, (~coefficients.active()).nonzero().squeeze(1), 0)
-            if not in_place:
-                grad_rows[rows] = dz.to(grad.dtype)
+    def forward(ctx, logits, labels, temperature, problem, backend):
+        run = _in_triton if backend == "triton" else _in_torch
+        grad, evaluation = run(problem, logits, labels, temperature)
         ctx.save_for_backward(grad)
-        whole = evaluate(problem, logps, entropy)
-        return whole.loss, problem.stats(whole)
+        ctx.backend, ctx.spent = backend, False
+        return evaluation.loss, problem.stats(evaluation)
 
     @staticmethod
     @autograd.backward
     def backward(ctx, upstream, _):
         (grad,) = ctx.saved_tensors
-        return scaled(grad, upstream), None, None, None
+        if ctx.backend == "torch":
+            return scaled(grad, upstream), None, None, None, None
+        from humanline.kernels.scale import scale_
+
+        if ctx.spent:
+            raise RuntimeError(
+                "the gradient of from_logits was scaled in place and handed out by the first "
+                "backward: call from_logits again for a second one"
+            )
+        ctx.spent = True
+        return scale_(grad, upstream), None, None, None, None
+
+
+def _in_triton(problem, logits, labels, temperature) -> tuple[Tensor, Evaluation]:
+    from humanline.kernels.token_loss import token_loss
+
+    arguments = problem.kernel_arguments()
+    loss, grad, g, logps, entropy = token_loss(logits, labels, temperature, **arguments)
+    g_entropy = None
+    if entropy is not None:
+        g_entropy = torch.where(problem.layout.mask, arguments["entropy_weight"], 0)
+    rows = problem.rows(logps, entropy)
+    return grad, Evaluation(loss.sum(), Coefficients(g, g_entropy), rows)
+
+
+def _in_torch(problem, logits, labels, temperature) -> tuple[Tensor, Evaluation]:
+    dtype, with_entropy = compute_dtype(logits.dtype), problem.objective.needs_entropy
+    grad, grad_rows = empty_gradient(logits, labels == IGNORE_INDEX)
+    logps = logits.new_zeros(len(labels), dtype=dtype)
+    entropy = torch.zeros_like(logps) if with_entropy else None
+    for view, local, rows in row_blocks(logits, labels != IGNORE_INDEX):
+        in_place = grad.dtype == dtype and isinstance(rows, slice)
+        z = grad_rows[rows].copy_(view[local]) if in_place else view[local].to(dtype, copy=True)
+        divide_by_temperature(z, temperature, rows)
+        block = SoftmaxBlock(z, labels[rows].long(), with_entropy)
+        logps[rows] = block.logps
+        if with_entropy:
+            entropy[rows] = block.entropy
+        coefficients = evaluate(
+            problem, block.logps, block.entropy, indices(rows, labels)
+        ).coefficients
+        dz = block.gradient(coefficients.logps, coefficients.entropy)
+        divide_by_temperature(dz, temperature, rows)
+        dz.index_fill_(0, (~coefficients.active()).nonzero().squeeze(1), 0)
+        if not in_place:
+            grad_rows[rows] = dz.to(grad.dtype)
+    return grad, evaluate(problem, logps, entropy)
 
 
 def scaled(x: Tensor, upstream: Tensor) -> Tensor:

@@ -1,0 +1,99 @@
+"""Device functions on one token: perception and the clipped surrogates, value and derivative.
+
+The torch definitions in ``humanline/objectives`` are the oracle; a test holds each against them.
+"""
+
+import triton
+import triton.language as tl
+
+# Kinds of loss, as compile-time constants. Everything else is a run-time argument.
+CLIPPED = tl.constexpr(0)
+CISPO = tl.constexpr(1)
+SAPO = tl.constexpr(2)
+NLL = tl.constexpr(3)
+KINDS = {"clipped": CLIPPED, "cispo": CISPO, "sapo": SAPO, "nll": NLL}
+
+# Kinds of KL penalty.
+NO_KL = tl.constexpr(0)
+K1 = tl.constexpr(1)
+K3 = tl.constexpr(2)
+K3_TIMES_RATIO = tl.constexpr(3)
+PENALTIES = {None: NO_KL, "k1": K1, "k3": K3, "k3·ratio": K3_TIMES_RATIO}
+
+
+@triton.jit
+def perceive(d, log_eps_P, log_eps_R):
+    """Humanline clipping ``c(d)`` and ``dc/dd``; infinite bounds are the identity."""
+    c = tl.minimum(tl.maximum(d, log_eps_P), log_eps_R)
+    return c, tl.where((d >= log_eps_P) & (d <= log_eps_R), 1.0, 0.0)
+
+
+@triton.jit
+def clipped_surrogate(ratio, advantage, low, high, delta):
+    """``−min(A·min(r, δ), A·clamp(r, 1−low, 1+high))`` and its derivative by ``r``."""
+    clipped = tl.minimum(tl.maximum(ratio, 1.0 - low), 1.0 + high)
+    first = tl.minimum(ratio, delta) * advantage
+    second = clipped * advantage
+    first_slope = tl.where(ratio <= delta, advantage, 0.0)
+    second_slope = tl.where((ratio >= 1.0 - low) & (ratio <= 1.0 + high), advantage, 0.0)
+    # Where the two are equal, torch gives each half of the gradient.
+    slope = tl.where(first < second, first_slope, second_slope)
+    slope = tl.where(first == second, 0.5 * (first_slope + second_slope), slope)
+    return -tl.minimum(first, second), -slope
+
+
+@triton.jit
+def sapo_gate(ratio, advantage, temperature_pos, temperature_neg):
+    """``−A·4σ(T(r−1))/T`` and its derivative by ``r``."""
+    temperature = tl.where(advantage > 0, temperature_pos, temperature_neg)
+    gate = tl.sigmoid(temperature * (ratio - 1.0))
+    return -gate * 4.0 / temperature * advantage, -4.0 * gate * (1.0 - gate) * advantage
+
+
+@triton.jit
+def policy_loss(
+    logp,
+    anchor,
+    ref,
+    advantage,
+    log_eps_P,
+    log_eps_R,
+    low,
+    high,
+    delta,
+    beta,
+    temperature_pos,
+    temperature_neg,
+    KIND: tl.constexpr,
+    PENALTY: tl.constexpr,
+):
+    """Loss of a token and its derivative by ``logp``, before the row's weight."""
+    if KIND == NLL:
+        return -logp, -1.0
+    c, slope = perceive(logp - anchor, log_eps_P, log_eps_R)
+    ratio = tl.exp(c)
+    ratio_slope = ratio * slope
+    if KIND == CISPO:
+        weight = -tl.minimum(ratio, high) * advantage
+        loss = weight * logp
+        g = weight
+    elif KIND == SAPO:
+        loss, by_ratio = sapo_gate(ratio, advantage, temperature_pos, temperature_neg)
+        g = by_ratio * ratio_slope
+    else:
+        loss, by_ratio = clipped_surrogate(ratio, advantage, low, high, delta)
+        g = by_ratio * ratio_slope
+    if PENALTY != NO_KL:
+        d = logp - ref
+        if PENALTY == K1:
+            loss += beta * d
+            g += beta
+        else:
+            kl = tl.exp(-d) + d - 1.0
+            kl_slope = 1.0 - tl.exp(-d)
+            if PENALTY == K3_TIMES_RATIO:
+                kl_slope = kl_slope * ratio + kl * ratio_slope
+                kl *= ratio
+            loss += beta * kl
+            g += beta * kl_slope
+    return loss, g

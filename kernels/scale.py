@@ -1,0 +1,27 @@
+"""Multiply a gradient by the incoming one, in place; free where that is 1, and without looking.
+
+Whether the incoming gradient is 1 is known on the device alone: each program reads it and returns
+at once if so, which spares a synchronisation as well as the bytes.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit(do_not_specialize=["n"])
+def _scale(x_ptr, factor_ptr, n, BLOCK: tl.constexpr):
+    factor = tl.load(factor_ptr).to(tl.float32)
+    if factor == 1.0:
+        return
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + index, index < n)
+    tl.store(x_ptr + index, (x.to(tl.float32) * factor).to(x.dtype), index < n)
+
+
+def scale_(x: Tensor, factor: Tensor) -> Tensor:
+    """``x *= factor`` for a contiguous ``x`` and a scalar tensor; returns ``x``."""
+    block = 8192
+    if x.numel():
+        _scale[(triton.cdiv(x.numel(), block),)](x, factor, x.numel(), BLOCK=block, num_warps=8)
+    return x

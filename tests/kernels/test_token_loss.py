@@ -1,0 +1,166 @@
+"""The one-launch kernel against the objectives' own torch definitions, over the whole table."""
+
+from itertools import product
+
+import pytest
+import torch
+
+import humanline as hl
+from humanline.kernels import token_loss as kernel
+
+B, T, V = 4, 6, 301
+
+CLIPS = [hl.Identity(), hl.Clip(-0.3, 0.2), hl.Clip(0.05, 0.4)]
+GRPO_LOSSES = ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo"]
+OBJECTIVES = [
+    *(
+        hl.GRPO(loss_type=loss, perception=clip, epsilon_high=0.3, max_completion_length=9)
+        for loss, clip in product(GRPO_LOSSES, CLIPS)
+    ),
+    *(
+        hl.GRPO(beta=0.2, use_bias_correction_kl=corrected, perception=clip)
+        for corrected, clip in product([True, False], CLIPS)
+    ),
+    hl.GRPO(delta=1.25, epsilon=0.1),
+    hl.GRPO(loss_type="dapo", entropy_coef=0.03, beta=0.1),
+    hl.GRPO(loss_type="cispo", epsilon_high=1.1, beta=0.1, entropy_coef=0.03),
+    *(hl.PPO(beta=0.1, kl_estimator=kl, entropy_coef=0.02) for kl in ("k1", "k3")),
+    hl.PPO(perception=hl.Clip(-0.3, 0.2)),
+    hl.SFT(),
+]
+
+
+def identify(objective):
+    shown = {k: v for k, v in vars(objective).items() if v != getattr(type(objective), k, None)}
+    return f"{type(objective).__name__}-{shown}"
+
+
+@pytest.fixture
+def batch(device):
+    logits = torch.randn(B, T + 1, V, device=device)[:, :-1]
+    labels = torch.randint(0, V, (B, T), device=device)
+    labels[0, 3:] = -100
+    labels[3] = -100
+    ref_logps = hl.token_logps(logits, labels, backend="torch") + 0.3 * torch.randn(B, T).to(device)
+    return logits, labels, ref_logps
+
+
+def run(objective, backend, logits, labels, ref_logps, upstream=1.0, **extra):
+    x = logits.detach().requires_grad_()
+    loss, stats = objective.from_logits(x, labels, ref_logps, backend=backend, **extra)
+    (grad,) = torch.autograd.grad(loss * upstream, x)
+    return loss.detach(), grad, stats
+
+
+def extras(objective):
+    if isinstance(objective, hl.SFT):
+        return {}
+    return {"advantages": torch.tensor([1.0, -0.7, 0.4, 2.0])}
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """Counts calls of the one-launch kernel."""
+    calls = []
+
+    def counted(*args, **kwargs):
+        calls.append(kwargs["kind"])
+        return original(*args, **kwargs)
+
+    original = kernel.token_loss
+    monkeypatch.setattr(kernel, "token_loss", counted)
+    return calls
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=identify)
+def test_equals_the_torch_definition(objective, batch, launches):
+    expected = run(objective, "torch", *batch, upstream=0.5, temperature=0.9, **extras(objective))
+    result = run(objective, "triton", *batch, upstream=0.5, temperature=0.9, **extras(objective))
+    assert len(launches) == 1
+    torch.testing.assert_close(result[0], expected[0])
+    torch.testing.assert_close(result[1], expected[1], atol=1e-7, rtol=1e-4)
+    assert result[2].keys() == expected[2].keys()
+    for name in expected[2]:
+        torch.testing.assert_close(result[2][name], expected[2][name], msg=name)
+
+
+@pytest.mark.parametrize("old_logps", ["given", "policy"])
+def test_what_the_ratio_is_taken_to(old_logps, batch):
+    objective, ref_logps = hl.GRPO(beta=0.1), batch[2]
+    old = ref_logps + 0.1 * torch.randn_like(ref_logps) if old_logps == "given" else "policy"
+    results = [
+        run(objective, backend, *batch, old_logps=old, **extras(objective))
+        for backend in ("torch", "triton")
+    ]
+    torch.testing.assert_close(results[1][1], results[0][1], atol=1e-7, rtol=1e-4)
+
+
+def test_temperature_and_advantages_per_row(batch):
+    temperature = torch.rand(B, T) + 0.5
+    results = [
+        run(hl.PPO(), backend, *batch, temperature=temperature, advantages=torch.ones(B, T) * 0.3)
+        for backend in ("torch", "triton")
+    ]
+    torch.testing.assert_close(results[1][1], results[0][1], atol=1e-7, rtol=1e-4)
+
+
+def test_packed_rows_with_an_empty_sequence(batch):
+    logits, labels, ref_logps = (x.reshape(-1, *x.shape[2:]) for x in batch)
+    cu_seqlens = torch.tensor([0, 5, 5, 12, 24], dtype=torch.int32)
+    results = [
+        run(
+            hl.GRPO(perception=hl.Clip(-0.3, 0.2)),
+            backend,
+            logits,
+            labels,
+            ref_logps,
+            cu_seqlens=cu_seqlens,
+            advantages=torch.tensor([1.0, 2.0, -1.0, 0.5]),
+        )
+        for backend in ("torch", "triton")
+    ]
+    torch.testing.assert_close(results[1][1], results[0][1], atol=1e-7, rtol=1e-4)
+
+
+def test_rows_perceived_away_are_written_as_zeros(batch):
+    logits, labels, ref_logps = batch
+    objective = hl.GRPO(perception=hl.Clip(-0.1, 0.1))
+    ref_logps = ref_logps.clone()
+    ref_logps[1] += 5.0  # far below the lower bound
+    _, grad, stats = run(objective, "triton", logits, labels, ref_logps, **extras(objective))
+    assert (grad[1] == 0).all() and (grad[3] == 0).all()
+    assert stats["humanline/active_rows"] == (grad.abs().amax(-1) > 0).sum()
+
+
+def test_objectives_without_a_device_function_take_two_launches(batch, launches):
+    class Half(hl.GRPO):
+        def token_loss(self, rows, **kwargs):
+            return 0.5 * super().token_loss(rows, **kwargs)
+
+    whole = run(hl.GRPO(), "triton", *batch, **extras(hl.GRPO()))
+    assert len(launches) == 1
+    half = run(Half(), "triton", *batch, **extras(hl.GRPO()))
+    assert len(launches) == 1
+    torch.testing.assert_close(half[1], 0.5 * whole[1], atol=1e-7, rtol=1e-4)
+
+
+def test_a_second_backward_is_refused(batch):
+    logits, labels, ref_logps = batch
+    x = logits.detach().requires_grad_()
+    loss, _ = hl.GRPO().from_logits(x, labels, ref_logps, backend="triton", **extras(hl.GRPO()))
+    torch.autograd.grad(loss, x, retain_graph=True)
+    with pytest.raises(RuntimeError, match="call from_logits again"):
+        torch.autograd.grad(loss, x)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_gradient_is_rounded_once(batch, dtype):
+    logits, labels, ref_logps = batch
+    logits = logits.to(dtype)
+    objective = hl.GRPO()
+    exact = run(objective, "torch", logits.double(), labels, ref_logps, **extras(objective))[1]
+    grad = run(objective, "triton", logits, labels, ref_logps, **extras(objective))[1]
+    assert grad.dtype == dtype
+    torch.testing.assert_close(
+        grad.double(), exact, rtol=torch.finfo(dtype).eps / 2 + 1e-4, atol=6e-8
+    )
