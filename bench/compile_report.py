@@ -1,4 +1,4 @@
-"""What the compiler makes of every kernel, without a GPU: registers, spills, width of memory access.
+"""What the compiler makes of every kernel, without a GPU: registers, spills, memory access.
 
     python bench/compile_report.py [--vocab 151936] [--dtype bf16] [--targets sm_80,sm_90,...]
 
@@ -31,7 +31,7 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-INTEGERS = ("V", "n", "row_stride", "rows_per_batch", "batch_stride_rows")
+INTEGERS = ("V", "rows", "row_stride", "rows_per_batch", "batch_stride_rows")
 # One variant of the fused loss for each combination that changes the code most.
 VARIANTS = {
     "forward": (token_logps._forward, {"ENTROPY": False}),

@@ -107,7 +107,8 @@ class BetaRejection(Perception):
     Args:
         gamma_P, beta_P: shape parameters of the Beta that thins out improbable tokens.
         gamma_R, beta_R: shape parameters of the Beta that thins out over-probable tokens.
-        seed: seed of the draws. ``None`` takes a fresh one from torch's default CPU generator at
+        seed: seed of the draws; a row's draw depends on it and on the row's index in the batch,
+            masked rows counted. ``None`` takes a fresh one from torch's default CPU generator at
             every call, so that ``torch.manual_seed`` makes a whole run reproducible.
 
     Raises:

@@ -1,8 +1,8 @@
 """Counter-based random numbers: Philox 4x32-10, the words Triton's ``tl.randint4x`` draws.
 
-A draw depends on ``(seed, row, stream)`` alone, so that a kernel and torch, on any device and for
-any chunking of the rows, agree bit for bit. (Salmon et al., "Parallel random numbers: as easy as
-1, 2, 3", SC 2011.)
+A draw depends on ``(seed, row, stream)`` alone: whatever computes it, on whatever device, takes
+the same words, and the same log of them to the last place or so. (Salmon et al., "Parallel random
+numbers: as easy as 1, 2, 3", SC 2011.)
 """
 
 import math

@@ -9,19 +9,21 @@ import triton.language as tl
 from torch import Tensor
 
 
-@triton.jit(do_not_specialize=["n"])
-def _scale(x_ptr, factor_ptr, n, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["rows"])
+def _scale(x_ptr, factor_ptr, rows, V, BLOCK: tl.constexpr):
     factor = tl.load(factor_ptr).to(tl.float32)
     if factor == 1.0:
         return
+    n = rows.to(tl.int64) * V
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + index, index < n)
     tl.store(x_ptr + index, (x.to(tl.float32) * factor).to(x.dtype), index < n)
 
 
 def scale_(x: Tensor, factor: Tensor) -> Tensor:
-    """``x *= factor`` for a contiguous ``x`` and a scalar tensor; returns ``x``."""
-    block = 8192
+    """``x *= factor`` for a contiguous ``x [..., V]`` and a scalar tensor; returns ``x``."""
+    block, vocab = 8192, x.shape[-1]
     if x.numel():
-        _scale[(triton.cdiv(x.numel(), block),)](x, factor, x.numel(), BLOCK=block, num_warps=8)
+        grid = (triton.cdiv(x.numel(), block),)
+        _scale[grid](x, factor, x.numel() // vocab, vocab, BLOCK=block, num_warps=8)
     return x

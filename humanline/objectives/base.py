@@ -154,8 +154,9 @@ class Objective:
         ops.check_logits(logits, labels, temperature)
         problem = self._problem(layout, ref_logps, batch)
         backend = ops.choose_backend(logits, backend)
-        if ops.gradient_in_forward(problem, logits, backend):
-            return ops.logits_objective(problem, logits, labels, temperature, backend)
+        at_once = ops.logits_objective(problem, logits, labels, temperature, backend)
+        if at_once is not None:
+            return at_once
         result = ops.token_logps(
             logits, labels, temperature, return_entropy=self.needs_entropy, backend=backend
         )
@@ -247,12 +248,19 @@ class TokenObjective(Objective):
 
     def prepare(self, layout: Layout, ref_logps: Tensor | None, **batch: Any) -> dict[str, Any]:
         """As in :class:`Objective`; besides, every tensor becomes flat row values ``[N]``."""
-        return row_values(layout, super().prepare(layout, ref_logps, **batch))
+        batch = super().prepare(layout, ref_logps, **batch)
+        return {
+            name: layout.rows(x, name) if isinstance(x, Tensor) and x.dim() else x
+            for name, x in batch.items()
+        }
 
 
-def row_values(layout: Layout, batch: dict[str, Any]) -> dict[str, Any]:
-    """The batch with its tensors as flat row values ``[N]``, per-sequence ones repeated."""
-    return {
-        name: layout.rows(x, name) if isinstance(x, Tensor) and x.dim() else x
-        for name, x in batch.items()
-    }
+def as_count(num_items: int | Tensor | None) -> int | Tensor | None:
+    """A normaliser the caller counted: at least 1, a number or a scalar tensor."""
+    if isinstance(num_items, Tensor):
+        checks.require(
+            num_items.numel() == 1,
+            lambda: f"num_items_in_batch must be one number, got shape {list(num_items.shape)}",
+        )
+        return num_items.detach().reshape(()).clamp(min=1)
+    return None if num_items is None else max(num_items, 1)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from humanline import checks
 from humanline.dtypes import at_least_float32
-from humanline.objectives.base import TokenObjective
+from humanline.objectives.base import TokenObjective, as_count
 from humanline.rows import Layout, Rows
 
 
@@ -200,7 +200,7 @@ class GRPO(PolicyObjective):
         **batch: Any,
     ) -> dict[str, Any]:
         prepared = super().prepare(layout, ref_logps, **batch)
-        return prepared | {"num_items_in_batch": num_items_in_batch}
+        return prepared | {"num_items_in_batch": as_count(num_items_in_batch)}
 
     def kernel_arguments(
         self, layout: Layout, ref_logps: Tensor | None, advantages, old_logps, num_items_in_batch
@@ -276,6 +276,8 @@ class GRPO(PolicyObjective):
             stats["vespo/phi_seq_mean"] = rows.mean(torch.where(rows.mask, weight, 0)).mean()
         elif self.loss_type != "sapo":
             level = self.importance_sampling_level
+            if self.delta is not None:
+                ratio = ratio.clamp(max=self.delta)  # TRL counts after delta
             stats |= clip_stats(rows, ratio, advantages, self.epsilon, self.upper_epsilon, level)
         return stats
 
@@ -317,11 +319,7 @@ def clip_stats(
 
 
 def _over_items(rows: Rows, loss: Tensor, objective: GRPO, num_items) -> Tensor:
-    if num_items is None:
-        return rows.token_mean(loss)
-    if isinstance(num_items, Tensor):
-        return loss / num_items.clamp(min=1)
-    return loss / max(num_items, 1)
+    return rows.token_mean(loss) if num_items is None else loss / num_items
 
 
 def _over_constant_length(rows: Rows, loss: Tensor, objective: GRPO, num_items) -> Tensor:

@@ -100,6 +100,7 @@ class KTO(Objective):
             rows=rows.mask, kl_logps=logps, kl_ref_logps=ref_logps, kl_mask=mask
         )
         layout = Layout.of(mask, cu_seqlens)
+        checks.require(layout.num_sequences > 0, "KTO's reference point needs a mismatched pair")
         logps, ref_logps = (at_least_float32(x.detach()).reshape(-1) for x in (logps, ref_logps))
         d = torch.where(layout.mask, logps - ref_logps, 0)
         c = torch.where(layout.mask, self.perception.perceive(d, layout.mask)[0], 0)

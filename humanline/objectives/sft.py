@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from humanline.objectives.base import TokenObjective
+from humanline.objectives.base import TokenObjective, as_count
 from humanline.rows import Layout, Rows
 
 
@@ -28,7 +28,7 @@ class SFT(TokenObjective):
         *,
         num_items_in_batch: int | Tensor | None = None,
     ) -> dict[str, Any]:
-        return {"num_items_in_batch": num_items_in_batch}
+        return {"num_items_in_batch": as_count(num_items_in_batch)}
 
     def kernel_arguments(
         self, layout: Layout, ref_logps: Tensor | None, num_items_in_batch

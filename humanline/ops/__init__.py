@@ -5,7 +5,7 @@ from humanline.ops.head import WORKSPACE_BYTES, Head, check_hidden
 from humanline.ops.linear import linear_token_logps
 from humanline.ops.linear_objective import linear_objective
 from humanline.ops.logits import check_logits, shift, token_logps
-from humanline.ops.logits_objective import gradient_in_forward, logits_objective
+from humanline.ops.logits_objective import logits_objective
 
 __all__ = [
     "WORKSPACE_BYTES",
@@ -13,7 +13,6 @@ __all__ = [
     "check_hidden",
     "check_logits",
     "choose_backend",
-    "gradient_in_forward",
     "linear_objective",
     "linear_token_logps",
     "logits_objective",

@@ -15,36 +15,46 @@ from humanline.rows import IGNORE_INDEX
 from humanline.seam import Coefficients, Evaluation, Problem, evaluate
 
 
-def gradient_in_forward(problem: Problem, logits: Tensor, backend: str) -> bool:
-    """Whether :func:`logits_objective` takes this problem; else log-probs, objective, backward."""
-    if not torch.is_grad_enabled() or not logits.requires_grad or torch.compiler.is_compiling():
-        return False
-    return problem.token_level and (backend == "torch" or problem.kernel_arguments() is not None)
-
-
 def logits_objective(
     problem: Problem, logits: Tensor, labels: Tensor, temperature: float | Tensor, backend: str
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss and statistics of a token-level problem from ``logits [..., V]``, checked."""
-    temperature = row_temperature(temperature, labels)
-    return _LogitsObjective.apply(logits, labels.reshape(-1), temperature, problem, backend)
+) -> tuple[Tensor, dict[str, Tensor]] | None:
+    """Loss and statistics of a token-level problem from ``logits [..., V]``, checked.
+
+    None where the gradient cannot be formed in the forward: it is not wanted, the coefficients need
+    other rows, or the objective has no device function. Then: log-probs, objective, backward.
+    """
+    wanted = torch.is_grad_enabled() and logits.requires_grad
+    if not wanted or not problem.token_level or torch.compiler.is_compiling():
+        return None
+    kernel_arguments = problem.kernel_arguments() if backend == "triton" else None
+    if backend == "triton" and kernel_arguments is None:
+        return None
+    return _LogitsObjective.apply(
+        logits,
+        labels.reshape(-1),
+        row_temperature(temperature, labels),
+        problem,
+        kernel_arguments,
+    )
 
 
 class _LogitsObjective(torch.autograd.Function):
     @staticmethod
     @autograd.forward
-    def forward(ctx, logits, labels, temperature, problem, backend):
-        run = _in_triton if backend == "triton" else _in_torch
-        grad, evaluation = run(problem, logits, labels, temperature)
+    def forward(ctx, logits, labels, temperature, problem, kernel_arguments):
+        ctx.by_kernel, ctx.spent = kernel_arguments is not None, False
+        if ctx.by_kernel:
+            grad, evaluation = _in_triton(problem, logits, labels, temperature, kernel_arguments)
+        else:
+            grad, evaluation = _in_torch(problem, logits, labels, temperature)
         ctx.save_for_backward(grad)
-        ctx.backend, ctx.spent = backend, False
         return evaluation.loss, problem.stats(evaluation)
 
     @staticmethod
     @autograd.backward
     def backward(ctx, upstream, _):
         (grad,) = ctx.saved_tensors
-        if ctx.backend == "torch":
+        if not ctx.by_kernel:
             return scaled(grad, upstream), None, None, None, None
         from humanline.kernels.scale import scale_
 
@@ -57,10 +67,9 @@ class _LogitsObjective(torch.autograd.Function):
         return scale_(grad, upstream), None, None, None, None
 
 
-def _in_triton(problem, logits, labels, temperature) -> tuple[Tensor, Evaluation]:
+def _in_triton(problem, logits, labels, temperature, arguments) -> tuple[Tensor, Evaluation]:
     from humanline.kernels.token_loss import token_loss
 
-    arguments = problem.kernel_arguments()
     loss, grad, g, logps, entropy = token_loss(logits, labels, temperature, **arguments)
     g_entropy = None
     if entropy is not None:

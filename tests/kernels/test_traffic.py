@@ -1,0 +1,51 @@
+"""One read and one write; rows without a gradient are not read for it: counted, not claimed."""
+
+import importlib.util
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("counts loads and stores of Triton's interpreter", allow_module_level=True)
+
+path = Path(__file__).parents[2] / "bench" / "traffic.py"
+spec = importlib.util.spec_from_file_location("traffic", path)
+traffic = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(traffic)
+
+SMALL = 0.05  # labels, log-probs, coefficients: a few bytes a row of 8,192 logits
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_token_level_is_one_read_and_one_write(dtype):
+    bytes_moved = traffic.measure("GRPO", dtype)
+    size = dtype.itemsize
+    assert bytes_moved["HBM reads"] == pytest.approx(size, abs=SMALL)
+    assert bytes_moved["writes"] == pytest.approx(size, abs=SMALL)
+    assert bytes_moved["HBM total"] <= 2.1 * size
+
+
+def test_token_level_reads_inactive_rows_once():
+    bytes_moved = traffic.measure("GRPO", active=0.5)
+    assert bytes_moved["all reads"] == pytest.approx(2 * 1.5, abs=SMALL)
+
+
+def test_sequence_level_is_two_reads_and_one_write():
+    bytes_moved = traffic.measure("DPO")
+    assert bytes_moved["HBM reads"] == pytest.approx(4, abs=SMALL)
+    assert bytes_moved["HBM total"] <= 6.1
+
+
+@pytest.mark.parametrize("active", [0.0, 0.25, 0.5])
+def test_sequence_level_does_not_read_inactive_rows_again(active):
+    bytes_moved = traffic.measure("DPO", active=active)
+    assert bytes_moved["all reads"] == pytest.approx(2 + 2 * active, abs=SMALL)
+    assert bytes_moved["writes"] == pytest.approx(2, abs=SMALL)
+
+
+@pytest.mark.parametrize("objective", ["GRPO", "DPO"])
+def test_masked_rows_are_not_read_at_all(objective):
+    whole, half = (traffic.measure(objective, masked=masked) for masked in (0.0, 0.5))
+    assert half["all reads"] == pytest.approx(whole["all reads"] / 2, abs=SMALL)
