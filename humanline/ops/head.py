@@ -16,8 +16,9 @@ from humanline.ops.logits import check_temperature, divide_by_temperature, row_t
 from humanline.rows import IGNORE_INDEX
 
 WORKSPACE_BYTES = 512 * 2**20
-# Beyond this many rows a block's GEMMs gain nothing; fewer keep it in less memory.
-MAX_BLOCK_ROWS = 512
+# On a CPU, beyond this many rows a block's GEMMs gain nothing. A GPU takes what the workspace holds:
+# each block reads and writes the whole gradient of the weight.
+CPU_BLOCK_ROWS = 512
 _TILE = 8192  # columns of the vocabulary widened at a time
 
 
@@ -88,6 +89,11 @@ def block_rows(weight: Tensor, buffers: int, workspace_bytes: int) -> int:
         ),
     )
     return workspace_bytes // per_row
+
+
+def comfortable_rows(weight: Tensor, fitting: int) -> int:
+    """Rows a block where any number up to ``fitting`` will do."""
+    return min(fitting, CPU_BLOCK_ROWS) if weight.device.type == "cpu" else fitting
 
 
 def workspace(weight: Tensor, rows: int) -> Tensor:

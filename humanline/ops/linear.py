@@ -12,13 +12,13 @@ from torch import Tensor
 from humanline import autograd
 from humanline.dtypes import compute_dtype
 from humanline.ops.head import (
-    MAX_BLOCK_ROWS,
     WORKSPACE_BYTES,
     Head,
     HeadBlock,
     add_weight_gradient_,
     block_rows,
     check_hidden,
+    comfortable_rows,
     hidden_gradient,
     workspace,
 )
@@ -137,7 +137,8 @@ class _LinearTokenLogps(torch.autograd.Function):
     @staticmethod
     @autograd.forward
     def forward(ctx, hidden, weight, bias, labels, head, with_entropy, workspace_bytes):
-        rows = min(block_rows(weight, 1 + with_entropy, workspace_bytes), MAX_BLOCK_ROWS)
+        fitting = block_rows(weight, 1 + with_entropy, workspace_bytes)
+        rows = comfortable_rows(weight, fitting)
         logps = hidden.new_zeros(len(labels), dtype=compute_dtype(weight.dtype))
         entropy = torch.zeros_like(logps) if with_entropy else None
         blocks = row_blocks(labels, rows)

@@ -15,10 +15,10 @@ from torch import Tensor
 from humanline import autograd
 from humanline.dtypes import compute_dtype
 from humanline.ops.head import (
-    MAX_BLOCK_ROWS,
     Head,
     HeadBlock,
     block_rows,
+    comfortable_rows,
     hidden_gradient,
     workspace,
 )
@@ -81,7 +81,7 @@ def _rows_with_gradient(
         return None
     unit = not head_trains and not problem.objective.needs_entropy
     if unit or problem.token_level:
-        return min(fitting, MAX_BLOCK_ROWS)
+        return comfortable_rows(weight, fitting)
     return fitting if rows <= fitting else None
 
 
