@@ -16,7 +16,7 @@ from humanline.ops.logits import check_temperature, divide_by_temperature, row_t
 from humanline.rows import IGNORE_INDEX
 
 WORKSPACE_BYTES = 512 * 2**20
-# On a CPU, beyond this many rows a block's GEMMs gain nothing. A GPU takes what the workspace holds:
+# On a CPU, more rows gain a block's GEMMs nothing. A GPU takes as many as the workspace holds:
 # each block reads and writes the whole gradient of the weight.
 CPU_BLOCK_ROWS = 512
 _TILE = 8192  # columns of the vocabulary widened at a time
