@@ -143,6 +143,7 @@ def token_loss(
     logits: Tensor,
     labels: Tensor,
     temperature: Tensor,
+    grad: Tensor,
     *,
     kind: str,
     weight: Tensor,
@@ -159,13 +160,14 @@ def token_loss(
     beta: float = 0.0,
     temperature_pos: float = 1.0,
     temperature_neg: float = 1.0,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """Loss shares, gradient of their sum, coefficients, log-probs and entropies.
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Loss shares, coefficients, log-probs and entropies; the gradient of the sum into ``grad``.
 
     Args:
         logits: ``[..., V]``, any strides.
         labels: integer, ``N`` of them; rows labelled below 0 take no part.
         temperature: one value, or ``N``.
+        grad: where to write the gradient; the logits themselves will do.
         kind: "clipped", "cispo", "sapo" or "nll".
         weight: ``[N]``, each row's factor.
         advantages: ``[N]``; for all kinds but "nll".
@@ -175,10 +177,9 @@ def token_loss(
         penalty: None, "k1", "k3" or "k3·ratio".
 
     Returns:
-        loss ``[N]``, gradient like logits (contiguous), g ``[N]``, logps ``[N]``, entropy ``[N]``.
+        loss, g, logps, entropy (or None), float32 ``[N]`` each.
     """
     rows = RowTensor.of(logits)
-    grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     loss, g, logps = (logits.new_empty(rows.rows, dtype=torch.float32) for _ in range(3))
     entropy = torch.empty_like(loss) if entropy_weight is not None else None
     if rows.rows:
@@ -212,4 +213,4 @@ def token_loss(
             ENTROPY=entropy is not None,
             **row_config(logits.shape[-1], logits.dtype),
         )
-    return loss, grad, g, logps, entropy
+    return loss, g, logps, entropy

@@ -136,6 +136,7 @@ class Objective:
         temperature: float | Tensor = 1.0,
         cu_seqlens: Tensor | None = None,
         backend: str | None = None,
+        inplace: bool = False,
         **batch: Any,
     ) -> Result:
         """Loss from logits.
@@ -147,6 +148,8 @@ class Objective:
             temperature: divides the logits; a float, or a tensor with one value a row.
             cu_seqlens, **batch: see :meth:`from_logps`.
             backend: "triton" or "torch"; None chooses by device.
+            inplace: let the gradient overwrite ``logits``, which spares a buffer of their size.
+                Token-level objectives only. Autograd raises if anything still needs the logits.
 
         Returns, raises: see :meth:`from_logps`.
         """
@@ -154,7 +157,7 @@ class Objective:
         ops.check_logits(logits, labels, temperature)
         problem = self._problem(layout, ref_logps, batch)
         backend = ops.choose_backend(logits, backend)
-        at_once = ops.logits_objective(problem, logits, labels, temperature, backend)
+        at_once = ops.logits_objective(problem, logits, labels, temperature, backend, inplace)
         if at_once is not None:
             return at_once
         result = ops.token_logps(

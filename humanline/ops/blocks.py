@@ -47,12 +47,9 @@ def _shift(rows: Selection, by: int) -> Selection:
     return slice(rows.start + by, rows.stop + by) if isinstance(rows, slice) else rows + by
 
 
-def empty_gradient(logits: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
-    """Memory for the gradient of ``logits``, and its rows: those in ``zero [N]`` set, no others."""
-    grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    rows = grad.view(-1, logits.shape[-1])
-    rows.index_fill_(0, zero.nonzero().squeeze(1), 0)
-    return grad, rows
+def zero_rows_(rows: Tensor, which: Tensor) -> None:
+    """Set the rows of ``[N, V]`` where ``which [N]`` holds to 0, and touch no others."""
+    rows.index_fill_(0, which.nonzero().squeeze(1), 0)
 
 
 def indices(rows: Selection, like: Tensor) -> Tensor:

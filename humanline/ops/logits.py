@@ -8,7 +8,7 @@ from torch import Tensor
 from humanline import autograd, checks
 from humanline.dtypes import compute_dtype
 from humanline.ops.backend import choose_backend
-from humanline.ops.blocks import Selection, empty_gradient, row_blocks
+from humanline.ops.blocks import Selection, row_blocks, zero_rows_
 from humanline.ops.softmax import SoftmaxBlock
 from humanline.rows import IGNORE_INDEX
 from humanline.seam import Coefficients
@@ -211,7 +211,9 @@ def _backward_in_torch(
     coefficients = Coefficients(g.reshape(-1), None if g_entropy is None else g_entropy.reshape(-1))
     logps, entropy, row_max, row_sum = (x.reshape(-1) for x in (logps, entropy, row_max, row_sum))
     active = coefficients.active() & (labels != IGNORE_INDEX)
-    grad, grad_rows = empty_gradient(logits, ~active)
+    grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    grad_rows = grad.view(-1, logits.shape[-1])
+    zero_rows_(grad_rows, ~active)
     for view, local, rows in row_blocks(logits, active):
         z = view[local].to(logps.dtype, copy=True)
         divide_by_temperature(z, temperature, rows)

@@ -6,9 +6,9 @@ A row is read once, its gradient written once; nothing else of size ``[N, V]`` e
 import torch
 from torch import Tensor
 
-from humanline import autograd
+from humanline import autograd, checks
 from humanline.dtypes import compute_dtype
-from humanline.ops.blocks import empty_gradient, indices, row_blocks
+from humanline.ops.blocks import indices, row_blocks, zero_rows_
 from humanline.ops.logits import divide_by_temperature, row_temperature
 from humanline.ops.softmax import SoftmaxBlock
 from humanline.rows import IGNORE_INDEX
@@ -16,7 +16,12 @@ from humanline.seam import Coefficients, Evaluation, Problem, evaluate
 
 
 def logits_objective(
-    problem: Problem, logits: Tensor, labels: Tensor, temperature: float | Tensor, backend: str
+    problem: Problem,
+    logits: Tensor,
+    labels: Tensor,
+    temperature: float | Tensor,
+    backend: str,
+    inplace: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor]] | None:
     """Loss and statistics of a token-level problem from ``logits [..., V]``, checked.
 
@@ -24,30 +29,55 @@ def logits_objective(
     other rows, or the objective has no device function. Then: log-probs, objective, backward.
     """
     wanted = torch.is_grad_enabled() and logits.requires_grad
+    checks.require(
+        not inplace or problem.token_level or not wanted,
+        lambda: (
+            f"inplace=True needs a token-level objective, whose gradient is formed while the "
+            f"logits are at hand; got {problem.objective!r}"
+        ),
+    )
     if not wanted or not problem.token_level or torch.compiler.is_compiling():
         return None
     kernel_arguments = problem.kernel_arguments() if backend == "triton" else None
     if backend == "triton" and kernel_arguments is None:
         return None
+    if inplace:
+        _check_inplace(logits)
     return _LogitsObjective.apply(
         logits,
         labels.reshape(-1),
         row_temperature(temperature, labels),
         problem,
         kernel_arguments,
+        inplace,
+    )
+
+
+def _check_inplace(logits: Tensor) -> None:
+    checks.require(
+        not logits.is_leaf and logits.is_contiguous(),
+        "inplace=True overwrites logits: they must be contiguous, and the result of a computation "
+        "rather than a leaf",
     )
 
 
 class _LogitsObjective(torch.autograd.Function):
     @staticmethod
     @autograd.forward
-    def forward(ctx, logits, labels, temperature, problem, kernel_arguments):
+    def forward(ctx, logits, labels, temperature, problem, kernel_arguments, inplace):
         ctx.by_kernel, ctx.spent = kernel_arguments is not None, False
+        out = (
+            logits.detach()
+            if inplace
+            else torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+        )
         if ctx.by_kernel:
-            grad, evaluation = _in_triton(problem, logits, labels, temperature, kernel_arguments)
+            evaluation = _in_triton(problem, logits, labels, temperature, kernel_arguments, out)
         else:
-            grad, evaluation = _in_torch(problem, logits, labels, temperature)
-        ctx.save_for_backward(grad)
+            evaluation = _in_torch(problem, logits, labels, temperature, out)
+        if inplace:  # so that autograd notices if another backward wanted the logits
+            torch.autograd.graph.increment_version(logits)
+        ctx.save_for_backward(out)
         return evaluation.loss, problem.stats(evaluation)
 
     @staticmethod
@@ -55,7 +85,7 @@ class _LogitsObjective(torch.autograd.Function):
     def backward(ctx, upstream, _):
         (grad,) = ctx.saved_tensors
         if not ctx.by_kernel:
-            return scaled(grad, upstream), None, None, None, None
+            return scaled(grad, upstream), *[None] * 5
         from humanline.kernels.scale import scale_
 
         if ctx.spent:
@@ -64,27 +94,28 @@ class _LogitsObjective(torch.autograd.Function):
                 "backward: call from_logits again for a second one"
             )
         ctx.spent = True
-        return scale_(grad, upstream), None, None, None, None
+        return scale_(grad, upstream), *[None] * 5
 
 
-def _in_triton(problem, logits, labels, temperature, arguments) -> tuple[Tensor, Evaluation]:
+def _in_triton(problem, logits, labels, temperature, arguments, out: Tensor) -> Evaluation:
     from humanline.kernels.token_loss import token_loss
 
-    loss, grad, g, logps, entropy = token_loss(logits, labels, temperature, **arguments)
+    loss, g, logps, entropy = token_loss(logits, labels, temperature, out, **arguments)
     g_entropy = None
     if entropy is not None:
         g_entropy = torch.where(problem.layout.mask, arguments["entropy_weight"], 0)
     rows = problem.rows(logps, entropy)
-    return grad, Evaluation(loss.sum(), Coefficients(g, g_entropy), rows)
+    return Evaluation(loss.sum(), Coefficients(g, g_entropy), rows)
 
 
-def _in_torch(problem, logits, labels, temperature) -> tuple[Tensor, Evaluation]:
+def _in_torch(problem, logits, labels, temperature, out: Tensor) -> Evaluation:
     dtype, with_entropy = compute_dtype(logits.dtype), problem.objective.needs_entropy
-    grad, grad_rows = empty_gradient(logits, labels == IGNORE_INDEX)
+    grad_rows = out.view(-1, logits.shape[-1])
+    zero_rows_(grad_rows, labels == IGNORE_INDEX)
     logps = logits.new_zeros(len(labels), dtype=dtype)
     entropy = torch.zeros_like(logps) if with_entropy else None
     for view, local, rows in row_blocks(logits, labels != IGNORE_INDEX):
-        in_place = grad.dtype == dtype and isinstance(rows, slice)
+        in_place = out.dtype == dtype and isinstance(rows, slice)
         z = grad_rows[rows].copy_(view[local]) if in_place else view[local].to(dtype, copy=True)
         divide_by_temperature(z, temperature, rows)
         block = SoftmaxBlock(z, labels[rows].long(), with_entropy)
@@ -98,8 +129,8 @@ def _in_torch(problem, logits, labels, temperature) -> tuple[Tensor, Evaluation]
         divide_by_temperature(dz, temperature, rows)
         dz.index_fill_(0, (~coefficients.active()).nonzero().squeeze(1), 0)
         if not in_place:
-            grad_rows[rows] = dz.to(grad.dtype)
-    return grad, evaluate(problem, logps, entropy)
+            grad_rows[rows] = dz.to(out.dtype)
+    return evaluate(problem, logps, entropy)
 
 
 def scaled(x: Tensor, upstream: Tensor) -> Tensor:

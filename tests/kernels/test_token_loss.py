@@ -164,3 +164,45 @@ def test_half_precision_gradient_is_rounded_once(batch, dtype):
     torch.testing.assert_close(
         grad.double(), exact, rtol=torch.finfo(dtype).eps / 2 + 1e-4, atol=6e-8
     )
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_inplace_gives_the_same_gradient_in_the_logits_buffer(batch, backend, dtype):
+    logits, labels, ref_logps = batch
+    objective = hl.GRPO(perception=hl.Clip(-0.3, 0.2))
+    leaf = logits.to(dtype).contiguous().requires_grad_()
+    grads = []
+    for inplace in (False, True):
+        x = leaf * 1.0
+        x.register_hook(lambda grad, x=x: grads.append((grad.clone(), grad.data_ptr())))
+        loss, _ = objective.from_logits(
+            x, labels, ref_logps, backend=backend, inplace=inplace, **extras(objective)
+        )
+        (loss * 0.5).backward()
+        assert (grads[-1][1] == x.data_ptr()) == (inplace and backend == "triton")
+    assert torch.equal(grads[0][0], grads[1][0])
+
+
+def test_inplace_is_noticed_by_whoever_needs_the_logits(batch):
+    logits, labels, _ = batch
+    leaf = logits.contiguous().requires_grad_()
+    x = leaf.exp()  # exp keeps its result for the backward
+    loss, _ = hl.SFT().from_logits(x, labels, inplace=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize(
+    "objective, make, message",
+    [
+        (hl.DPO(), lambda x: x * 1, "needs a token-level objective"),
+        (hl.SFT(), lambda x: x, "rather than a leaf"),
+        (hl.SFT(), lambda x: (x * 1)[:, :, ::2], "must be contiguous"),
+    ],
+)
+def test_inplace_where_it_cannot_be(batch, objective, make, message):
+    logits, labels, ref_logps = batch
+    x = make(logits.contiguous().requires_grad_())
+    with pytest.raises(ValueError, match=message):
+        objective.from_logits(x, labels.clamp(max=9), ref_logps, inplace=True)
