@@ -1,0 +1,118 @@
+"""The one-launch kernel's gradient against float64, its error held against eager float32's, on the
+inputs that break such kernels."""
+
+import pytest
+import torch
+
+import humanline as hl
+
+OBJECTIVE = hl.GRPO(perception=hl.Clip(-1.5, 1.5), beta=0.05)
+
+
+def eager(logits, labels, ref_logps, advantages, dtype):
+    """Loss and gradient as a trainer would write them."""
+    x = logits.detach().to(dtype).requires_grad_()
+    mask = labels >= 0
+    picked = x.log_softmax(-1).gather(-1, labels.clamp(min=0).long()[..., None]).squeeze(-1)
+    logps = torch.where(mask, picked, 0)
+    loss, _ = OBJECTIVE.from_logps(
+        logps, ref_logps.to(dtype), mask, advantages=advantages.to(dtype)
+    )
+    return loss.detach(), torch.autograd.grad(loss, x)[0]
+
+
+def ours(logits, labels, ref_logps, advantages):
+    x = logits.detach().requires_grad_()
+    loss, _ = OBJECTIVE.from_logits(x, labels, ref_logps, backend="triton", advantages=advantages)
+    return loss.detach(), torch.autograd.grad(loss, x)[0]
+
+
+def rms(x, truth):
+    return (x.double() - truth).square().mean().sqrt().item()
+
+
+def assert_as_accurate(logits, labels):
+    """Our error is at most 1.5 × eager's, or half a unit in the last place of the result."""
+    advantages = torch.tensor([1.0, -0.5], device=logits.device)
+    with torch.no_grad():
+        ref_logps = hl.token_logps(logits.double(), labels, backend="torch") + 0.1
+    truth_loss, truth = eager(logits, labels, ref_logps, advantages, torch.float64)
+    eager_loss, eager_grad = eager(logits, labels, ref_logps, advantages, torch.float32)
+    loss, grad = ours(logits, labels, ref_logps, advantages)
+    assert loss.isfinite() and grad.isfinite().all()
+    half_ulp = torch.finfo(grad.dtype).eps / 2 * truth.abs().max().item()
+    assert rms(grad, truth) <= max(1.5 * rms(eager_grad.to(grad.dtype), truth), half_ulp)
+    scale = max(1.0, logits.float().abs().max().item() * 1e-3)  # float32 holds no more of a logit
+    assert (loss - truth_loss).abs() <= max(1.5 * (eager_loss - truth_loss).abs(), 1e-6 * scale)
+
+
+def draw(rows, vocab, dtype, device):
+    logits = (torch.randn(2, rows, vocab, device=device) * 3).to(dtype)
+    return logits, torch.randint(0, vocab, (2, rows), device=device)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("vocab, rows", [(1, 8), (7, 8), (50257, 2)])
+def test_vocabularies(vocab, rows, dtype, device):
+    logits, labels = draw(rows, vocab, dtype, device)
+    labels[0, 0] = -100
+    assert_as_accurate(logits, labels)
+
+
+@pytest.mark.parametrize("vocab", [129920, 151936])
+def test_long_rows(vocab, device):
+    assert_as_accurate(*draw(1, vocab, torch.bfloat16, device))
+
+
+def test_label_almost_certain(device):
+    logits, labels = draw(4, 1000, torch.float32, device)
+    logits.scatter_add_(2, labels[..., None], torch.full((2, 4, 1), 30.0, device=device))
+    assert_as_accurate(logits, labels)
+
+
+def test_logits_all_very_negative(device):
+    logits, labels = draw(3, 777, torch.float32, device)
+    assert_as_accurate(logits - 1e4, labels)
+
+
+def test_one_huge_logit(device):
+    logits, labels = draw(3, 777, torch.float32, device)
+    logits.scatter_(2, labels[..., None], 1e4)
+    assert_as_accurate(logits, labels)
+
+
+def test_minus_infinity_beside_the_label(device):
+    logits, _ = draw(3, 777, torch.bfloat16, device)
+    logits[..., ::3] = -torch.inf
+    assert_as_accurate(logits, torch.full((2, 3), 100, device=device))
+
+
+def test_int32_labels_and_shifted_view(device):
+    logits, labels = draw(4, 301, torch.float32, device)
+    assert_as_accurate(logits[:, :-1], labels[:, :-1].int())
+
+
+def test_everything_masked_and_nothing_there(device):
+    for rows in (3, 0):
+        logits, labels = draw(rows, 50, torch.float32, device)
+        loss, grad = ours(
+            logits, torch.full_like(labels, -100), torch.zeros(2, rows), torch.ones(2)
+        )
+        assert loss == 0 and (grad == 0).all()
+
+
+def test_bitwise_the_same_on_a_rerun(device):
+    logits, labels = draw(3, 5000, torch.bfloat16, device)
+    arguments = logits, labels, torch.full((2, 3), -9.0), torch.tensor([1.0, -1.0])
+    for a, b in zip(ours(*arguments), ours(*arguments), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_under_autocast(device):
+    logits, labels = draw(3, 301, torch.float32, device)
+    arguments = logits, labels, torch.full((2, 3), -6.0), torch.tensor([1.0, -1.0])
+    expected = ours(*arguments)
+    with torch.autocast(device, torch.bfloat16):
+        result = ours(*arguments)
+    for a, b in zip(result, expected, strict=True):
+        assert torch.equal(a, b)
