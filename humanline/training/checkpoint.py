@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from humanline.training.errors import UserError
 
@@ -23,28 +24,25 @@ _PREFIX, _STATE = "checkpoint-", "state.pt"
 def atomic_folder(folder: Path) -> Iterator[Path]:
     """A temporary folder to write into, which becomes ``folder`` at the end of the context.
 
+    A folder that is already there is kept.
+
     Raises:
-        UserError: something could not be written. ``folder`` is then as it was.
+        UserError: something could not be written. ``folder`` is then not there.
     """
-    partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    partial = folder
     try:
+        partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
         os.chmod(partial, 0o755)  # mkdtemp makes it private
         yield partial
         _flush(partial)
-        _replace(partial, folder)
-    except (OSError, RuntimeError, _safetensors_error()) as error:
-        raise UserError(f"cannot write {folder}: {_reason(error)}; it is as it was") from error
+        partial.rename(folder)
+        _flush_entry(folder.parent)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if not folder.is_dir():  # else somebody else was faster, with the same
+            raise UserError(f"cannot write {folder}: {_reason(error)}") from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _replace(partial: Path, folder: Path) -> None:
-    old = Path(f"{partial}.old")
-    if folder.exists():
-        folder.rename(old)
-    partial.rename(folder)
-    _flush_entry(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
+        if partial != folder:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def _flush(folder: Path) -> None:
@@ -53,19 +51,13 @@ def _flush(folder: Path) -> None:
 
 
 def _flush_entry(path: Path) -> None:
+    if os.name == "nt":  # folders cannot be opened there
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _safetensors_error() -> type[Exception]:
-    try:
-        from safetensors import SafetensorError
-    except ImportError:
-        return OSError
-    return SafetensorError
 
 
 def _reason(error: BaseException) -> str:
@@ -79,11 +71,17 @@ def _reason(error: BaseException) -> str:
 def save(output: Path, step: int, state: dict[str, Any]) -> None:
     """Write ``checkpoint-<step>``, then remove those before it."""
     folder = output / f"{_PREFIX}{step}"
-    with atomic_folder(folder) as partial, (partial / _STATE).open("wb") as file:
-        torch.save(state, file)
-    for other in _steps(output):
-        if other != step:
-            shutil.rmtree(output / f"{_PREFIX}{other}", ignore_errors=True)
+    if folder.exists():
+        return
+    previous = _steps(output)
+    try:
+        with atomic_folder(folder) as partial, (partial / _STATE).open("wb") as file:
+            torch.save(state, file)
+    except UserError as error:
+        kept = f"{_PREFIX}{max(previous)} is whole" if previous else "there is none before it"
+        raise UserError(f"{error}; {kept}") from error
+    for other in previous:
+        shutil.rmtree(output / f"{_PREFIX}{other}", ignore_errors=True)
 
 
 def load_latest(output: Path, device: torch.device) -> dict[str, Any] | None:

@@ -12,23 +12,23 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "dpo": {
         "loss_type": "sigmoid",
         "beta": 0.1,
-        "learning_rate": 1e-5,
+        "learning_rate": 5e-6,
         "per_device_train_batch_size": 4,
-        "max_steps": 60,
+        "max_steps": 50,
     },
     "kto": {
         "loss_type": "kto",
         "beta": 0.1,
-        "learning_rate": 1e-5,
+        "learning_rate": 5e-6,
         "per_device_train_batch_size": 8,
-        "max_steps": 60,
+        "max_steps": 40,
     },
     "grpo": {
         "loss_type": "grpo",
         "beta": 0.0,
-        "learning_rate": 1e-5,
+        "learning_rate": 5e-6,
         "per_device_train_batch_size": 8,
-        "max_steps": 60,
+        "max_steps": 50,
     },
 }
 
@@ -141,9 +141,7 @@ class TrainConfig:
         for name in ("beta", "epsilon", "desirable_weight", "undesirable_weight"):
             _require(0 <= getattr(self, name) < float("inf"), self, name, "at least 0 and finite")
         _require(0 <= self.heldout_fraction < 1, self, "heldout_fraction", "in [0, 1)")
-        _require(
-            self.eval_limit is None or self.eval_limit >= 0, self, "eval_limit", "at least 0"
-        )
+        _require(self.eval_limit is None or self.eval_limit >= 0, self, "eval_limit", "at least 0")
         if self.objective != "grpo":
             _require(self.beta > 0, self, "beta", f"positive for {self.objective}")
         if self.objective == "kto":

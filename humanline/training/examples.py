@@ -2,19 +2,20 @@
 
 What each objective makes of each kind of data:
 
-| | pairs | labels | rewards |
-|---|---|---|---|
-| DPO | as they are | prompts seen with both labels | best with worst, second best with second worst, …, while rewards differ |
-| KTO | chosen True, rejected False | as they are | True above the prompt's mean (or a threshold), False otherwise |
-| GRPO | groups of rewards 1, 0 | a prompt's completions, rewards 1, 0 | groups |
+- DPO. Pairs: as they are. Rewards and labels: a prompt's best completion with its worst, the second
+  best with the second worst, and so on while the rewards differ.
+- KTO. Labels: as they are. Pairs: chosen True, rejected False. Rewards: True above the prompt's
+  mean, or above a threshold, False otherwise.
+- GRPO. Rewards: groups. Labels: a prompt's completions, with rewards 1 and 0. Pairs: groups of two,
+  with rewards 1 and 0.
 
 Rows of single completions with the same prompt make one group. Groups of which nothing can be
 learned (one completion, or all rewards equal) are left out.
-"""  # noqa: E501
+"""
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import chain, count
 from typing import Any
@@ -53,30 +54,48 @@ class Unit:
 
 
 @dataclass(frozen=True)
-class Batch:
-    """Sequences, padded on the right, as the model wants them.
+class Completions:
+    """Completions of a batch's prompts, padded on the right.
 
     Attributes:
-        input_ids, attention_mask: int64 ``[S, T]``.
-        labels: int64 ``[S, T]``, aligned: the completion token that follows each position, or -100.
+        ids: int64 ``[S, C]``.
+        mask: bool ``[S, C]``, where there is a token.
+        prompt: int64 ``[S]``, the index of each one's prompt.
+    """
+
+    ids: Tensor
+    mask: Tensor
+    prompt: Tensor
+
+    @property
+    def labels(self) -> Tensor:
+        """``ids``, with -100 where there is no token."""
+        return self.ids.masked_fill(~self.mask, IGNORE_INDEX)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Prompts, each held once however many completions it has, and completions.
+
+    Attributes:
+        prompt_ids: int64 ``[P, T]``, padded on the left.
+        prompt_mask: bool ``[P, T]``, where there is a token.
+        completions: the sequences of the loss.
         extra: the objective's own batch arguments.
         mismatched: for KTO: each prompt with the completion of the next sequence.
     """
 
-    input_ids: Tensor
-    attention_mask: Tensor
-    labels: Tensor
+    prompt_ids: Tensor
+    prompt_mask: Tensor
+    completions: Completions
     extra: dict[str, Any] = field(default_factory=dict)
-    mismatched: "Batch | None" = None
-
-    @property
-    def mask(self) -> Tensor:
-        return self.labels != IGNORE_INDEX
+    mismatched: Completions | None = None
 
     def tokens(self) -> int:
         """Tokens that go through the model, padding left out."""
-        own = int(self.attention_mask.sum())
-        return own if self.mismatched is None else own + self.mismatched.tokens()
+        masks = [self.prompt_mask, self.completions.mask]
+        masks += [] if self.mismatched is None else [self.mismatched.mask]
+        return int(sum(mask.sum() for mask in masks))
 
 
 # Pairing and grouping: lists of (example, index of completion)
@@ -122,7 +141,7 @@ def grouped(dataset: Dataset) -> list[list[Chosen]]:
     for i, example in enumerate(dataset.examples):
         # Pairs and groups were rated together; only single completions have to be brought together.
         together = len(example.completions) > 1
-        key = i if together else json.dumps(example.prompt, sort_keys=True)
+        key = i if together else _prompt_key(example)
         groups.setdefault(key, []).extend((example, j) for j in range(len(example.completions)))
     return list(groups.values())
 
@@ -134,6 +153,40 @@ def _reward_of(chosen: Chosen) -> float:
 
 def _mean_reward(group: list[Chosen]) -> float:
     return sum(map(_reward_of, group)) / len(group)
+
+
+# Holding out
+
+
+def split(dataset: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
+    """Training and held-out data, by prompt: no prompt is in both."""
+    prompts = list(dict.fromkeys(map(_prompt_key, dataset.examples)))
+    order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(seed)).tolist()
+    out = {prompts[i] for i in order[: int(len(prompts) * fraction)]}
+    kept = [e for e in dataset.examples if _prompt_key(e) not in out]
+    held = [e for e in dataset.examples if _prompt_key(e) in out]
+    return Dataset(dataset.kind, kept), Dataset(dataset.kind, held)
+
+
+def heldout_pairs(
+    dataset: Dataset, tokenizer: "Tokenizer", config: TrainConfig
+) -> list[tuple[Tokens, Tokens]]:
+    """Pairs to measure preferences on. Where no prompt has two completions to compare, desirable
+    completions are set against undesirable ones of other prompts."""
+    found = pairs(dataset)
+    if not found and dataset.examples:
+        labels = labelled(dataset, config.reward_threshold)
+        found = list(zip(*([c for c, l in labels if l is w] for w in (True, False)), strict=False))
+    tokens = iter(tokenizer.sequences([c for pair in found for c in pair]))
+    fitting = []
+    for pair in [(next(tokens), next(tokens)) for _ in found]:
+        if all(len(s.prompt) < config.max_length for s in pair):
+            fitting.append(tuple(_truncate(s, config.max_length) for s in pair))
+    return fitting
+
+
+def _prompt_key(example: Example) -> str:
+    return json.dumps(example.prompt, sort_keys=True)
 
 
 # Tokenizing
@@ -285,7 +338,8 @@ def optimizer_steps(
 
     @lru_cache(maxsize=2)
     def epoch(number: int) -> list[Unit]:
-        generator = torch.Generator().manual_seed((config.seed << 32) + number)
+        # Only 32 bits of a seed count: seeds and epochs must not share them by halves.
+        generator = torch.Generator().manual_seed((config.seed * 1_000_003 + number) % 2**32)
         order = torch.randperm(len(groups), generator=generator).tolist()
         return [unit for i in order for unit in groups[i]]
 
@@ -302,31 +356,36 @@ def optimizer_steps(
 def collate(units: list[Unit], objective: str, pad: int) -> Batch:
     """Units as one batch: for DPO all chosen sequences first; for KTO with mismatched pairs."""
     sequences = [s for column in zip(*(u.sequences for u in units), strict=True) for s in column]
-    values = [u.value for u in units]
-    if objective == "dpo":
-        return _pad(sequences, pad)
+    batch, values = make_batch(sequences, pad), [u.value for u in units]
     if objective == "grpo":
-        return _pad(sequences, pad, {"advantages": torch.tensor(values, dtype=torch.float32)})
-    following = sequences[1:] + sequences[:1]
-    mismatched = [
-        Tokens(a.prompt, b.completion) for a, b in zip(sequences, following, strict=True)
-    ]
-    return _pad(sequences, pad, {"desirable": torch.tensor(values)}, _pad(mismatched, pad))
+        return replace(batch, extra={"advantages": torch.tensor(values, dtype=torch.float32)})
+    if objective == "kto":
+        own = batch.completions
+        return replace(
+            batch,
+            extra={"desirable": torch.tensor(values)},
+            mismatched=Completions(own.ids.roll(-1, 0), own.mask.roll(-1, 0), own.prompt),
+        )
+    return batch
 
 
-def _pad(
-    sequences: list[Tokens],
-    pad: int,
-    extra: dict[str, Any] | None = None,
-    mismatched: Batch | None = None,
-) -> Batch:
-    lengths = [len(s.prompt) + len(s.completion) for s in sequences]
-    shape = len(sequences), max(lengths)
-    input_ids = torch.full(shape, pad)
-    attention_mask = torch.zeros(shape, dtype=torch.long)
-    labels = torch.full(shape, IGNORE_INDEX)
-    for row, (s, length) in enumerate(zip(sequences, lengths, strict=True)):
-        input_ids[row, :length] = torch.tensor(s.prompt + s.completion)
-        attention_mask[row, :length] = 1
-        labels[row, len(s.prompt) - 1 : length - 1] = torch.tensor(s.completion)
-    return Batch(input_ids, attention_mask, labels, extra or {}, mismatched)
+def make_batch(sequences: list[Tokens], pad: int) -> Batch:
+    """Sequences as a batch, in their order."""
+    prompts = {tuple(s.prompt): None for s in sequences}
+    index = {prompt: i for i, prompt in enumerate(prompts)}
+    prompt_ids, prompt_mask = _padded([list(p) for p in prompts], pad, left=True)
+    ids, mask = _padded([s.completion for s in sequences], pad)
+    prompt = torch.tensor([index[tuple(s.prompt)] for s in sequences])
+    return Batch(prompt_ids, prompt_mask, Completions(ids, mask, prompt))
+
+
+def _padded(rows: list[list[int]], pad: int, left: bool = False) -> tuple[Tensor, Tensor]:
+    """Token ids ``[R, L]`` and a bool mask of where they are."""
+    longest = max(map(len, rows))
+    ids = torch.full((len(rows), longest), pad)
+    mask = torch.zeros((len(rows), longest), dtype=torch.bool)
+    for i, row in enumerate(rows):
+        place = slice(longest - len(row), None) if left else slice(len(row))
+        ids[i, place] = torch.tensor(row)
+        mask[i, place] = True
+    return ids, mask

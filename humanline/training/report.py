@@ -1,0 +1,209 @@
+"""What a run shows and writes: progress, metrics.jsonl, curves.png, summary.json."""
+
+import json
+import math
+import os
+import platform
+import sys
+import tempfile
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from humanline.training.errors import UserError
+from humanline.version import __version__
+
+METRICS, CURVES, SUMMARY = "metrics.jsonl", "curves.png", "summary.json"
+
+#: Statistics that add up over micro-batches; of all others the mean is taken.
+_SUMMED = ("loss", "humanline/active_rows", "humanline/rows")
+
+
+def merge(micro_batches: list[dict[str, float]]) -> dict[str, float]:
+    """The statistics of an optimizer step. One that is NaN in a micro-batch (say, the reward of
+    chosen completions where there is none) is taken from the others, or left out."""
+    merged = {}
+    for name in micro_batches[0]:
+        values = [m[name] for m in micro_batches if not math.isnan(m[name])]
+        if values:
+            merged[name] = sum(values) / (1 if name in _SUMMED else len(values))
+    return merged
+
+
+class Metrics:
+    """``metrics.jsonl``: one JSON object a step. All but its ``timing`` is a function of the
+    configuration alone.
+
+    Args:
+        path: the file; whatever it holds of steps from ``step`` on is dropped.
+        step: the first step that will be written.
+    """
+
+    def __init__(self, path: Path, step: int):
+        kept = read_metrics(path)[:step] if path.exists() else []
+        if len(kept) < step:
+            raise UserError(f"{path} holds {len(kept)} steps, but the checkpoint is at {step}")
+        write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept))
+        self.rows = kept
+        self.file = path.open("a", encoding="utf-8")
+
+    def write(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+        self.file.write(json.dumps(row) + "\n")
+        self.file.flush()
+
+    def flush(self) -> None:
+        """Onto the disk: a checkpoint is about to say that these steps are done."""
+        os.fsync(self.file.fileno())
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a file; a killed run may leave half a line at its end."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """The whole text, or nothing changes."""
+    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with open(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(partial, 0o644)  # mkstemp makes it private
+        os.replace(partial, path)
+    except BaseException:
+        os.unlink(partial)
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_atomically(path, json.dumps(value, indent=2) + "\n")
+
+
+# On the terminal
+
+
+def progress(first: int, steps: int) -> tqdm:
+    """A bar over optimizer steps; where nobody watches, it is drawn rarely."""
+    interval = 0.5 if sys.stderr.isatty() else 15.0
+    return tqdm(total=steps, initial=first, desc="training", unit="step", mininterval=interval)
+
+
+def show(bar: tqdm, row: dict[str, Any]) -> None:
+    """Advance the bar by a step."""
+    timing = row["timing"]
+    shown = {
+        "loss": _number(row.get("loss"), ".4f"),
+        "margin": _number(row.get("rewards/margins"), "+.4f"),
+        "acc": _number(row.get("rewards/accuracies"), ".2f"),
+        "unclamped": _number(row.get("humanline/unclamped"), ".2f"),
+        "active": f"{row.get('humanline/active_rows', 0):.0f}/{row['humanline/rows']:.0f}",
+        "tok/s": _number(timing["tokens_per_second"], ".0f"),
+        "mem": f"{timing['peak_memory_bytes'] / 2**30:.1f}G",
+    }
+    bar.set_postfix(shown, refresh=False)
+    bar.update()
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory held so far: the allocator's on a GPU, else the process's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource  # not on Windows, where the GPU's allocator may still be asked
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _number(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)
+
+
+# At the end
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the numbers of a run may depend on."""
+    found = {"humanline": __version__, "python": platform.python_version()}
+    for name in ("torch", "triton", "transformers", "peft"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+_PANELS = (
+    ("loss", "loss"),
+    ("rewards/margins", "reward margin, against the reference"),
+    ("rewards/accuracies", "reward accuracy"),
+    ("humanline/unclamped", "share of tokens not clamped or rejected"),
+)
+_BLUE, _VERMILLION = "#0072B2", "#D55E00"  # Okabe and Ito's: told apart by every eye
+
+
+def draw_curves(path: Path, rows: list[dict[str, Any]], title: str) -> None:
+    """Loss, margin, accuracy and unclamped share by step, each with its running mean."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(2, 2, figsize=(10, 6.5), sharex=True, layout="constrained")
+    for axis, (name, label) in zip(axes.flat, _PANELS, strict=True):
+        points = [(row["step"], row[name]) for row in rows if name in row]
+        axis.set_title(label, fontsize=11)
+        axis.grid(alpha=0.3)
+        if not points:
+            axis.text(0.5, 0.5, "not defined here", ha="center", transform=axis.transAxes)
+            continue
+        steps, values = zip(*points, strict=True)
+        window = max(1, len(values) // 10)
+        axis.plot(steps, values, color=_BLUE, alpha=0.45, lw=1, label="each step")
+        label = f"mean of the last {window}"
+        axis.plot(steps, running_mean(values, window), color=_VERMILLION, lw=2, label=label)
+    axes.flat[0].legend(fontsize=9)
+    for axis in axes[1]:
+        axis.set_xlabel("optimizer step")
+    figure.suptitle(title, fontsize=12)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+def running_mean(values: tuple[float, ...], window: int) -> list[float]:
+    """Mean of each value and those before it, ``window`` in all where there are as many."""
+    return [
+        sum(values[max(0, i + 1 - window) : i + 1]) / min(i + 1, window) for i in range(len(values))
+    ]
+
+
+def describe(before: dict[str, Any] | None, after: dict[str, Any] | None) -> str:
+    """Before and after in a line or two."""
+    if before is None or after is None:
+        return "nothing was measured: no held-out data"
+    lines = [
+        f"{before['measured']}, held out: {_share(before)} before, {_share(after)} after "
+        f"(n = {after['n']}; 95 % intervals)"
+    ]
+    reward = after.get("by implicit reward")
+    if reward:
+        lines.append(
+            f"implicit reward of the better completion is higher: {_share(reward)}, "
+            f"mean margin {reward['mean_margin']:+.4f}"
+        )
+    return "\n".join(lines)
+
+
+def _share(result: dict[str, Any]) -> str:
+    low, high = result["interval95"]
+    return f"{result['accuracy']:.1%} [{low:.1%}, {high:.1%}]"

@@ -1,0 +1,368 @@
+"""A training run from its options to its summary."""
+
+import json
+import math
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from humanline.reference import ReferenceCopy
+from humanline.training import checkpoint, data, evaluate, examples, report, score
+from humanline.training.config import TrainConfig, resumed
+from humanline.training.errors import UserError
+from humanline.training.model import load_model, load_tokenizer, model_folder, moved
+
+CONFIG, BEFORE, MODEL, ADAPTER = "config.json", "before.json", "model", "adapter"
+
+
+class Interrupted(Exception):
+    """Ctrl-C; the run was saved and can be resumed."""
+
+
+def train(
+    options: dict[str, Any],
+    output: Path | None = None,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Train, or go on training.
+
+    Args:
+        options: fields of :class:`TrainConfig`; those left out take their defaults, or when
+            resuming, the values the run was started with.
+        output: where to write; ``runs/<objective>-<perception>`` if None.
+        resume: go on with the run in ``output``.
+        overwrite: replace the run in ``output``.
+
+    Returns:
+        What summary.json holds.
+
+    Raises:
+        UserError: something about options, data, model or disk does not allow to go on.
+        Interrupted: the user asked to stop; the run is saved.
+    """
+    config, output = _configure(options, output, resume)
+    _check_output(output, resume, overwrite)
+    device = pick_device(config)
+    objective = score.make_objective(config)
+    dataset, questions, hashes = _read_data(config)
+    folder = model_folder(config)
+    tokenizer = load_tokenizer(folder)
+    groups, measure = _prepare(dataset, questions, tokenizer, config)
+    try:
+        _start(output, config, hashes, resume, overwrite)
+        torch.manual_seed(config.seed)
+        policy = load_model(folder, config, device)
+        before = _measure_before(output, measure, policy)
+        pad = tokenizer.tokenizer.pad_token_id
+        metrics = _loop(config, output, objective, policy, groups, pad)
+        return _finish(config, output, folder, policy, tokenizer, measure, before, metrics)
+    except OSError as error:
+        raise UserError(f"cannot write into {output}: {error.strerror or error}") from error
+
+
+# Before the first step
+
+
+def _configure(
+    options: dict[str, Any], output: Path | None, resume: bool
+) -> tuple[TrainConfig, Path]:
+    if not resume or output is None:
+        config = TrainConfig(**options)
+        output = output or Path("runs") / f"{config.objective}-{config.perception}"
+    if resume:
+        if not (output / CONFIG).is_file():
+            raise UserError(f"there is no run to resume in {output}")
+        if (output / report.SUMMARY).exists():
+            raise UserError(f"the run in {output} is finished; there is nothing to resume")
+        config = resumed(json.loads((output / CONFIG).read_text())["options"], options)
+    return config, output
+
+
+def _check_output(output: Path, resume: bool, overwrite: bool) -> None:
+    if resume or not output.exists():
+        return
+    if not output.is_dir():
+        raise UserError(f"{output} is a file; --output-dir must be a folder")
+    if not any(output.iterdir()):
+        return
+    if not overwrite:
+        raise UserError(
+            f"{output} is not empty: pass --resume to go on with its run, --overwrite to replace "
+            "it, or another --output-dir"
+        )
+    if not (output / CONFIG).exists():
+        raise UserError(f"{output} holds something else than a run: it will not be overwritten")
+
+
+def _start(
+    output: Path, config: TrainConfig, hashes: dict[str, str], resume: bool, overwrite: bool
+) -> None:
+    """Make the output folder, or check that it holds the same run on the same data."""
+    if resume:
+        stored = json.loads((output / CONFIG).read_text())["sha256"]
+        changed = [name for name in hashes if stored.get(name) != hashes[name]]
+        if changed:
+            raise UserError(
+                f"--resume continues the same run, but the contents of {', '.join(changed)} differ"
+            )
+        checkpoint.remove_partial(output)
+        shutil.rmtree(output / (ADAPTER if config.lora else MODEL), ignore_errors=True)
+    elif overwrite:
+        shutil.rmtree(output, ignore_errors=True)
+    output.mkdir(parents=True, exist_ok=True)
+    report.write_json(output / CONFIG, {"options": config.as_dict(), "sha256": hashes})
+
+
+def pick_device(config: TrainConfig) -> torch.device:
+    """The device asked for, or the best there is.
+
+    Raises:
+        UserError: it is not there.
+    """
+    if config.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(config.device)
+        torch.empty(0, device=device)
+    except Exception as error:  # torch raises AssertionError, RuntimeError, NotImplementedError …
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"--device {config.device} is not there: {reason}") from error
+    return device
+
+
+def _read_data(config: TrainConfig):
+    """Training data, held-out questions (or None), and the hashes of their files."""
+    path = Path(config.data) if config.data else data.DEFAULT_TRAIN
+    heldout = Path(config.heldout) if config.heldout else None
+    if config.data is None and config.heldout is None:
+        heldout = data.DEFAULT_HELDOUT
+    dataset = data.read_examples(path)
+    questions = None if heldout is None else data.read_questions(heldout)
+    files = {"data": path, "heldout": heldout}
+    return dataset, questions, {n: data.fingerprint(p) for n, p in files.items() if p is not None}
+
+
+def _prepare(dataset, questions, tokenizer, config):
+    """Units to train on, and how to measure (None: not at all)."""
+    pad = tokenizer.tokenizer.pad_token_id
+    measure = None
+    if config.eval_limit == 0:
+        pass
+    elif questions is not None:
+        measure = evaluate.answers(questions[: config.eval_limit], tokenizer, config)
+    elif config.heldout_fraction > 0:
+        dataset, heldout = examples.split(dataset, config.heldout_fraction, config.seed)
+        pairs = examples.heldout_pairs(heldout, tokenizer, config)[: config.eval_limit]
+        if pairs:
+            measure = evaluate.preferences(pairs, pad, config)
+        else:
+            print("humanline: too little data to hold any pair out", file=sys.stderr)
+    groups, notes = examples.make_units(dataset, tokenizer, config)
+    for note, number in notes.items():
+        if number:
+            print(
+                f"humanline: warning: {number} examples {note} (--max-length {config.max_length})",
+                file=sys.stderr,
+            )
+    return groups, measure
+
+
+def _measure_before(output: Path, measure: evaluate.Measure | None, policy: nn.Module):
+    path = output / BEFORE
+    if measure is None:
+        return None
+    if not path.exists():
+        report.write_json(path, measure(policy, None))
+    return json.loads(path.read_text())
+
+
+# The loop
+
+
+def _loop(
+    config: TrainConfig,
+    output: Path,
+    objective,
+    policy: nn.Module,
+    groups: list[list[examples.Unit]],
+    pad: int,
+) -> list[dict[str, Any]]:
+    """Train from the last checkpoint, or from the start; the metrics of all steps."""
+    device = next(policy.parameters()).device
+    torch.manual_seed(config.seed)  # whatever was measured before, or not
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=0.0, fused=True)
+    scorer = partial(score.reference_scores, bf16=config.bf16)
+    reference = ReferenceCopy(policy, scorer, config.sync_every)
+    first = _restore(checkpoint.load_latest(output, device), policy, optimizer, reference)
+    metrics = report.Metrics(output / report.METRICS, first)
+
+    def save(done: int) -> None:
+        metrics.flush()
+        checkpoint.save(output, done, _state(done, policy, optimizer, reference))
+
+    on_device = (
+        [moved(batch, device) for batch in batches]
+        for batches in examples.optimizer_steps(groups, config, pad, first)
+    )
+    with stop_requests() as stop, report.progress(first, config.max_steps) as bar:
+        begun = time.perf_counter()
+        for step, (batches, scores) in enumerate(reference.steps(on_device), first):
+            row = _gradients(objective, policy, batches, scores, config)
+            row["grad_norm"] = float(nn.utils.clip_grad_norm_(trained, config.max_grad_norm))
+            _require_finite(step, row)
+            reference.before_step()
+            for group in optimizer.param_groups:
+                group["lr"] = row["learning_rate"] = learning_rate(config, step)
+            optimizer.step()
+            optimizer.zero_grad()
+
+            now = time.perf_counter()
+            timing = {
+                "seconds": now - begun,
+                "tokens_per_second": sum(b.tokens() for b in batches) / (now - begun),
+                "peak_memory_bytes": report.peak_memory_bytes(device),
+            }
+            metrics.write({"step": step, **row, "timing": timing})
+            report.show(bar, metrics.rows[-1])
+            done = step + 1
+            last = done == config.max_steps
+            if last or stop() or (config.save_steps and done % config.save_steps == 0):
+                save(done)
+            if stop() and not last:
+                raise Interrupted(
+                    f"stopped and saved after {done} of {config.max_steps} steps; go on with: "
+                    f"humanline train --output-dir {output} --resume"
+                )
+            begun = time.perf_counter()  # saving is not training
+    return metrics.rows
+
+
+def _gradients(objective, policy, batches, scores, config) -> dict[str, Any]:
+    """Backward through all micro-batches; the step's statistics."""
+    rows = []
+    for batch, of_reference in zip(batches, scores, strict=True):
+        loss, stats = score.loss(objective, policy, batch, of_reference, batches, config.bf16)
+        loss.backward()
+        rows.append(
+            {"loss": loss.detach()} | stats | {"humanline/rows": batch.completions.mask.sum()}
+        )
+    return report.merge([{name: float(value) for name, value in row.items()} for row in rows])
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """Linear warm-up, then constant."""
+    return config.learning_rate * min(1.0, (step + 1) / max(config.warmup_steps, 1))
+
+
+def _require_finite(step: int, row: dict[str, Any]) -> None:
+    if not (math.isfinite(row.get("loss", math.nan)) and math.isfinite(row["grad_norm"])):
+        raise UserError(
+            f"the loss or its gradient is not finite at step {step} (loss {row.get('loss')}, "
+            f"gradient norm {row['grad_norm']}); a smaller --learning-rate may help"
+        )
+
+
+@contextmanager
+def stop_requests() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C asks to stop after the step; a second one stops at once."""
+    asked: list[int] = []
+
+    def on_signal(number, frame):
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+        print("\nhumanline: finishing this step, then saving", file=sys.stderr)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    previous = signal.signal(signal.SIGINT, on_signal)
+    try:
+        yield lambda: bool(asked)
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+# Checkpoints
+
+
+def _state(step: int, policy, optimizer, reference) -> dict[str, Any]:
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {
+        "step": step,
+        "policy": _changing(policy),
+        "optimizer": optimizer.state_dict(),
+        "reference": reference.state_dict(),
+        "rng": {"cpu": torch.get_rng_state(), "cuda": cuda},
+    }
+
+
+def _restore(state: dict[str, Any] | None, policy, optimizer, reference) -> int:
+    """Put a state back; the number of steps already done."""
+    if state is None:
+        return 0
+    with torch.no_grad():
+        for name, tensor in _changing(policy).items():
+            tensor.copy_(state["policy"][name])
+    optimizer.load_state_dict(state["optimizer"])
+    reference.load_state_dict(state["reference"])
+    torch.set_rng_state(state["rng"]["cpu"].cpu())
+    if state["rng"]["cuda"]:
+        torch.cuda.set_rng_state_all([s.cpu() for s in state["rng"]["cuda"]])
+    return state["step"]
+
+
+def _changing(model: nn.Module) -> dict[str, torch.Tensor]:
+    """What training changes: weights that are not frozen, and buffers."""
+    trained = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
+    return trained | dict(model.named_buffers())
+
+
+# After the last step
+
+
+def _finish(config, output, folder, policy, tokenizer, measure, before, metrics) -> dict[str, Any]:
+    policy.zero_grad(set_to_none=True)
+    after = None if measure is None else measure(policy, before)
+    final = output / (ADAPTER if config.lora else MODEL)
+    with checkpoint.atomic_folder(final) as partial_folder:
+        policy.save_pretrained(partial_folder)
+        tokenizer.tokenizer.save_pretrained(partial_folder)
+    title = f"{config.objective}, perception {config.perception}, sync every {config.sync_every}"
+    if after is not None:
+        title += f"; {before['measured']}: {before['accuracy']:.1%} → {after['accuracy']:.1%}"
+    report.draw_curves(output / report.CURVES, metrics, title)
+    summary = {
+        "before": _without_logps(before),
+        "after": _without_logps(after),
+        "steps": len(metrics),
+        "seconds_training": round(sum(row["timing"]["seconds"] for row in metrics), 1),
+        "peak_memory_bytes": max(row["timing"]["peak_memory_bytes"] for row in metrics),
+        "base_model": str(folder),
+        "trained": str(final),
+        "options": config.as_dict(),
+        "versions": report.versions(),
+    }
+    report.write_json(output / report.SUMMARY, summary)
+    checkpoint.remove_all(output)
+    print(report.describe(before, after))
+    print(f"{final}: the trained {'adapter' if config.lora else 'model'}")
+    print(f"{output}: {report.METRICS}, {report.CURVES}, {report.SUMMARY}")
+    return summary
+
+
+def _without_logps(result: dict[str, Any] | None) -> dict[str, Any] | None:
+    return result and {name: value for name, value in result.items() if name != "logps"}

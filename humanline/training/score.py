@@ -1,0 +1,126 @@
+"""The loss of a batch, through ``from_hidden``, and what the reference has to say about it."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import humanline as hl
+from humanline.rows import Rows
+from humanline.training.config import TrainConfig
+from humanline.training.errors import UserError
+from humanline.training.examples import Batch, Completions
+from humanline.training.model import Parts, Prompts, parts
+
+#: Losses that are sums over the completion tokens of the whole optimizer step.
+_OVER_ITEMS = ("dapo", "cispo", "vespo")
+
+
+@dataclass(frozen=True)
+class _KTO(hl.KTO):
+    """With an accuracy to show: sequences on their side of the reference point."""
+
+    def stats(self, rows: Rows, desirable: Tensor, z0: float | Tensor) -> dict[str, Tensor]:
+        gain = rows.sum(rows.log_ratio) - z0
+        right = torch.where(desirable, gain > 0, gain < 0)
+        accuracy = right.to(rows.logps.dtype).mean()
+        return super().stats(rows, desirable, z0) | {"rewards/accuracies": accuracy}
+
+
+@dataclass(frozen=True)
+class _GRPO(hl.GRPO):
+    """With a margin and an accuracy to show, as DPO has them: sequence log-ratios to the reference
+    of completions better than their group's mean against worse ones."""
+
+    def stats(self, rows: Rows, advantages: Tensor, **batch: Any) -> dict[str, Tensor]:
+        log_ratio, logps = rows.sum(rows.log_ratio), rows.sum(rows.logps)
+        advantage = rows.mean(torch.where(rows.mask, advantages, 0))
+        better, worse = advantage > 0, advantage < 0
+
+        def contrast(x):
+            return x[better].mean(), x[worse].mean()
+
+        chosen, rejected = contrast(log_ratio)
+        logps_chosen, logps_rejected = contrast(logps)
+        right = torch.where(better, log_ratio > 0, log_ratio < 0)[better | worse]
+        return super().stats(rows, advantages, **batch) | {
+            "rewards/chosen": chosen,
+            "rewards/rejected": rejected,
+            "rewards/margins": chosen - rejected,
+            "rewards/accuracies": right.to(rows.logps.dtype).mean(),
+            "logps/chosen": logps_chosen,
+            "logps/rejected": logps_rejected,
+        }
+
+
+def make_objective(config: TrainConfig) -> hl.Objective:
+    """The objective and perception that a configuration names.
+
+    Raises:
+        UserError: they refuse an option.
+    """
+    try:
+        perception = {
+            "clip": lambda: hl.Clip(config.log_eps_P, config.log_eps_R),
+            "none": hl.Identity,
+            "rejection": hl.BetaRejection,
+        }[config.perception]()
+        common = {"beta": config.beta, "loss_type": config.loss_type, "perception": perception}
+        if config.objective == "dpo":
+            return hl.DPO(**common)
+        if config.objective == "kto":
+            weights = config.desirable_weight, config.undesirable_weight
+            return _KTO(**common, desirable_weight=weights[0], undesirable_weight=weights[1])
+        return _GRPO(**common, epsilon=config.epsilon, max_completion_length=config.max_length)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def reference_scores(model: nn.Module, batch: Batch, bf16: bool = False) -> dict[str, Tensor]:
+    """What the loss needs of the reference: its log-probs ``[S, C]`` of the completion tokens (0
+    where there is none), and those of KTO's mismatched pairs."""
+    with autocast(batch, bf16):
+        policy = parts(model)
+        prompts = policy.read_prompts(batch)
+        scores = {"ref_logps": _logps(policy, prompts, batch.completions)}
+        if batch.mismatched is not None:
+            scores["kl_ref_logps"] = _logps(policy, prompts, batch.mismatched)
+    return scores
+
+
+def loss(
+    objective: hl.Objective,
+    model: nn.Module,
+    batch: Batch,
+    scores: dict[str, Tensor],
+    of: list[Batch],
+    bf16: bool = False,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The batch's share of the loss of an optimizer step whose micro-batches are ``of``."""
+    extra, share = dict(batch.extra), 1 / len(of)
+    if isinstance(objective, hl.GRPO) and objective.loss_type in _OVER_ITEMS:
+        extra["num_items_in_batch"] = sum(int(b.completions.mask.sum()) for b in of)
+        share = 1.0
+    with autocast(batch, bf16):
+        policy = parts(model)
+        prompts = policy.read_prompts(batch)
+        if batch.mismatched is not None:
+            with torch.no_grad():
+                extra["kl_logps"] = _logps(policy, prompts, batch.mismatched)
+            extra["kl_mask"] = batch.mismatched.mask
+        hidden = policy.hidden(prompts, batch.completions)
+        value, stats = objective.from_hidden(
+            hidden, labels=batch.completions.labels, **policy.head, **extra, **scores
+        )
+    return value * share, stats
+
+
+def _logps(policy: Parts, prompts: Prompts, completions: Completions) -> Tensor:
+    hidden = policy.hidden(prompts, completions)
+    return hl.linear_token_logps(hidden, labels=completions.labels, **policy.head)
+
+
+def autocast(batch: Batch, bf16: bool):
+    """A context of its own for each forward: autocast caches the weights it has cast."""
+    return torch.autocast(batch.prompt_ids.device.type, torch.bfloat16, enabled=bf16)

@@ -1,0 +1,253 @@
+"""Runs that are stopped, killed, or out of disk: what is on the disk is always whole."""
+
+import errno
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from toy import toy_rows, without_timing, write_jsonl
+
+from humanline.training import checkpoint, run
+from humanline.training.config import OBJECTIVES
+from humanline.training.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+
+# A child process trains until something happens to it at a step or in a write.
+CHILD = """
+import json, os, resource, signal, sys
+import torch
+torch.set_num_threads(1)
+from pathlib import Path
+from humanline.cli import main
+from humanline.training import report
+
+options, output, what, when = json.loads(sys.argv[1])
+write, count = report.Metrics.write, 0
+
+def stepping(self, row):
+    write(self, row)
+    if row["step"] + 1 == when and what in ("SIGKILL", "SIGINT"):
+        os.kill(os.getpid(), getattr(signal, what))
+
+class DyingFile:
+    def __init__(self, file): self.file = file
+    def __getattr__(self, name): return getattr(self.file, name)
+    def write(self, data):
+        self.file.write(data[: len(data) // 2])
+        self.file.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+save = torch.save
+def saving(state, file):
+    global count
+    count += 1
+    save(state, DyingFile(file) if what == "SIGKILL while saving" and count == when else file)
+
+report.Metrics.write, torch.save = stepping, saving
+if what == "RLIMIT_FSIZE":
+    resource.setrlimit(resource.RLIMIT_FSIZE, (when, when))
+arguments = []
+for name, value in options.items():
+    arguments += ["--" + name.replace("_", "-"), str(value)]
+sys.exit(main(["train", "--output-dir", output, *arguments]))
+"""
+
+
+def start(options, output, what, when):
+    arguments = json.dumps([options, str(output), what, when])
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        [sys.executable, "-c", CHILD, arguments],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+
+
+def finish(child):
+    _, err = child.communicate(timeout=120)
+    return child.returncode, err
+
+
+@pytest.fixture
+def options(options):
+    return options | {"max_steps": 9, "save_steps": 2, "perception": "rejection", "sync_every": 3}
+
+
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(options, tmp_path):
+    """SIGKILL at a random step, for each objective; and in the middle of writing a checkpoint."""
+    step = random.Random(os.getpid()).randint(1, 8)
+    cases = [(objective, "SIGKILL", step) for objective in OBJECTIVES]
+    cases.append(("kto", "SIGKILL while saving", 3))
+    children = []
+    for i, (objective, what, when) in enumerate(cases):
+        chosen = options | {"objective": objective}
+        children.append(start(chosen, tmp_path / f"killed{i}", what, when))
+    for i, (objective, what, when) in enumerate(cases):
+        code, err = finish(children[i])
+        assert code == -signal.SIGKILL, err
+        killed = tmp_path / f"killed{i}"
+        saved = [p.name for p in killed.glob("checkpoint-*")]
+        if what == "SIGKILL":
+            last = (when - 1) // 2 * 2  # the kill comes before the step's own checkpoint
+            assert saved == ([f"checkpoint-{last}"] if last else []), when
+        else:  # the third was being written
+            assert saved == ["checkpoint-4"] and list(killed.glob(".checkpoint-6*"))
+        run.train({}, killed, resume=True)
+        whole = tmp_path / f"whole{i}"
+        run.train(options | {"objective": objective}, whole)
+        assert without_timing(killed) == without_timing(whole), (objective, what, when)
+        same_weights(killed / "model", whole / "model")
+        assert json.loads((killed / "before.json").read_text()) == json.loads(
+            (whole / "before.json").read_text()
+        )
+        assert not list(killed.glob(".*")) and not list(killed.glob("checkpoint-*"))
+
+
+def same_weights(a, b):
+    assert (a / "model.safetensors").read_bytes() == (b / "model.safetensors").read_bytes()
+
+
+def test_ctrl_c_finishes_the_step_and_saves(options, tmp_path):
+    output = tmp_path / "stopped"
+    code, err = finish(start(options, output, "SIGINT", 5))
+    assert code == 130, err
+    assert "stopped and saved after 5 of 9 steps; go on with: humanline train --output-dir " in err
+    assert "--resume" in err and "Traceback" not in err
+    assert [p.name for p in output.glob("checkpoint-*")] == ["checkpoint-5"]
+    run.train({}, output, resume=True)
+    run.train(options, tmp_path / "whole")
+    assert without_timing(output) == without_timing(tmp_path / "whole")
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint(options, tmp_path, monkeypatch):
+    save, calls = torch.save, []
+
+    def full(state, file):
+        calls.append(state["step"])
+        if len(calls) == 2:
+            file.write(b"half of it")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        save(state, file)
+
+    monkeypatch.setattr(torch, "save", full)
+    output = tmp_path / "full"
+    expected = r"checkpoint-4: No space left on device; checkpoint-2 is whole"
+    with pytest.raises(UserError, match=expected):
+        run.train(options, output)
+    assert [p.name for p in output.glob("*checkpoint-*")] == ["checkpoint-2"]
+    assert checkpoint.load_latest(output, torch.device("cpu"))["step"] == 2
+    monkeypatch.undo()
+    run.train({}, output, resume=True)
+    run.train(options, tmp_path / "whole")
+    assert without_timing(output) == without_timing(tmp_path / "whole")
+
+
+def test_a_file_size_limit_is_a_clear_error(options, tmp_path):
+    """A real refusal of the system, in the middle of torch.save."""
+    output = tmp_path / "limited"
+    code, err = finish(start(options, output, "RLIMIT_FSIZE", 60_000))
+    assert code == 2, err
+    assert "humanline: error: cannot write" in err and "File too large" in err
+    assert "there is none before it" in err and "Traceback" not in err
+    assert not list(output.glob("*checkpoint-*"))
+
+
+def test_a_second_ctrl_c_stops_at_once():
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), run.stop_requests() as stop:
+        assert not stop()
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop()
+        os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def stopped(options, output):
+    """A run stopped after its second step."""
+    from humanline.training import report
+
+    write = report.Metrics.write
+
+    def stopping(self, row):
+        write(self, row)
+        if row["step"] == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report.Metrics, "write", stopping)
+        with pytest.raises(run.Interrupted):
+            run.train(options, output)
+    return output
+
+
+def test_resuming_with_other_options_names_them(options, tmp_path):
+    output = stopped(options, tmp_path / "out")
+    other = {"learning_rate": 0.5, "objective": "kto", "max_steps": 12, "seed": 0}
+    expected = r"--learning-rate \(was 0.001, now 0.5\), --objective \(was 'dpo', now 'kto'\)$"
+    with pytest.raises(UserError, match=expected):
+        run.train(other, output, resume=True)
+
+
+def test_a_stopped_run_may_be_made_longer(options, tmp_path):
+    output = stopped(options, tmp_path / "out")
+    run.train({"max_steps": 11}, output, resume=True)
+    run.train(options | {"max_steps": 11}, tmp_path / "whole")
+    assert without_timing(output) == without_timing(tmp_path / "whole")
+
+
+def test_resuming_with_other_data_is_refused(options, tmp_path):
+    path = write_jsonl(tmp_path / "d.jsonl", toy_rows(8))
+    output = stopped(options | {"data": str(path)}, tmp_path / "out")
+    write_jsonl(path, toy_rows(9))
+    with pytest.raises(UserError, match="contents of data differ"):
+        run.train({}, output, resume=True)
+
+
+def test_an_output_folder_is_not_written_into_unasked(options, tmp_path):
+    options |= {"max_steps": 1, "eval_limit": 0}
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "thesis.tex").write_text("years of work")
+    for overwrite, expected in ((False, "not empty"), (True, "something else than a run")):
+        with pytest.raises(UserError, match=expected):
+            run.train(options, output, overwrite=overwrite)
+    assert (output / "thesis.tex").exists()
+
+    run.train(options, tmp_path / "run")
+    with pytest.raises(UserError, match=r"not empty.*--resume.*--overwrite"):
+        run.train(options, tmp_path / "run")
+    with pytest.raises(UserError, match="is finished"):
+        run.train({}, tmp_path / "run", resume=True)
+    run.train(options | {"max_steps": 2}, tmp_path / "run", overwrite=True)
+    assert len(without_timing(tmp_path / "run")) == 2
+    with pytest.raises(UserError, match="no run to resume"):
+        run.train({}, tmp_path / "nothing", resume=True)
+
+
+def test_metrics_drop_half_a_line_and_what_the_checkpoint_does_not_have(tmp_path):
+    from humanline.training.report import Metrics
+
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 0}\n{"step": 1}\n{"step": 2}\n{"st')
+    Metrics(path, 2).write({"step": 2, "new": True})
+    steps = [json.loads(line) for line in path.read_text().splitlines()]
+    assert steps == [{"step": 0}, {"step": 1}, {"step": 2, "new": True}]
+    with pytest.raises(UserError, match="holds 3 steps, but the checkpoint is at 5"):
+        Metrics(path, 5)
+
+
+def test_a_broken_checkpoint_is_a_clear_error(tmp_path):
+    folder = tmp_path / "checkpoint-3"
+    folder.mkdir()
+    (folder / "state.pt").write_bytes(b"nonsense")
+    with pytest.raises(UserError, match=r"cannot read .*checkpoint-3"):
+        checkpoint.load_latest(tmp_path, torch.device("cpu"))
