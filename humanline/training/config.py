@@ -34,6 +34,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 
 OBJECTIVES = tuple(DEFAULTS)
 PERCEPTIONS = ("clip", "none", "rejection")
+REFERENCES = ("lookahead", "copy", "adapter")
 DTYPES = ("float32", "bfloat16", "float16")
 
 #: Options that may change when a run is resumed: the steps already taken do not depend on them.
@@ -58,6 +59,13 @@ class TrainConfig:
     )
     sync_every: int = _option(
         1, int, "the reference becomes the policy every so many steps; 0: never"
+    )
+    reference: str | None = _option(
+        None,
+        str,
+        "what provides the reference: scores looked ahead to (default; no second set of weights), "
+        "a copy of all weights, or of those that train (default with --sync-every 0)",
+        REFERENCES,
     )
     log_eps_P: float = _option(-0.05, float, "lower bound of the clip, in nats")
     log_eps_R: float = _option(0.05, float, "upper bound of the clip, in nats")
@@ -121,6 +129,9 @@ class TrainConfig:
         for name, value in DEFAULTS[self.objective].items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
+        if self.reference is None:
+            kind = "lookahead" if self.sync_every else "adapter"
+            object.__setattr__(self, "reference", kind)
         self._check_ranges()
 
     def _check_ranges(self) -> None:
@@ -142,6 +153,9 @@ class TrainConfig:
             _require(0 <= getattr(self, name) < float("inf"), self, name, "at least 0 and finite")
         _require(0 <= self.heldout_fraction < 1, self, "heldout_fraction", "in [0, 1)")
         _require(self.eval_limit is None or self.eval_limit >= 0, self, "eval_limit", "at least 0")
+        _require(self.reference in REFERENCES, self, "reference", f"one of {', '.join(REFERENCES)}")
+        if self.reference == "lookahead":
+            _require(self.sync_every > 0, self, "sync_every", "positive with --reference lookahead")
         if self.objective != "grpo":
             _require(self.beta > 0, self, "beta", f"positive for {self.objective}")
         if self.objective == "kto":
@@ -176,10 +190,13 @@ def resumed(stored: dict[str, Any], given: dict[str, Any]) -> TrainConfig:
     Raises:
         UserError: an option that is not free differs; all such are named.
     """
+    free = set(FREE)
+    if stored["reference"] == "lookahead" and stored["sync_every"] > 1:
+        free.remove("max_steps")  # between syncs, no further step has been looked ahead to
     differing = [
         f"{flag(name)} (was {stored.get(name)!r}, now {value!r})"
         for name, value in given.items()
-        if name not in FREE and stored.get(name) != value
+        if name not in free and stored.get(name) != value
     ]
     if differing:
         raise UserError(

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from humanline.reference import ReferenceCopy
+from humanline.reference import REFERENCES
 from humanline.training import checkpoint, data, evaluate, examples, report, score
 from humanline.training.config import TrainConfig, resumed
 from humanline.training.errors import UserError
@@ -205,7 +205,7 @@ def _loop(
     trained = [p for p in policy.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=0.0, fused=True)
     scorer = partial(score.reference_scores, bf16=config.bf16)
-    reference = ReferenceCopy(policy, scorer, config.sync_every)
+    reference = REFERENCES[config.reference](policy, scorer, config.sync_every)
     first = _restore(checkpoint.load_latest(output, device), policy, optimizer, reference)
     metrics = report.Metrics(output / report.METRICS, first)
 
@@ -234,6 +234,7 @@ def _loop(
                 "seconds": now - begun,
                 "tokens_per_second": sum(b.tokens() for b in batches) / (now - begun),
                 "peak_memory_bytes": report.peak_memory_bytes(device),
+                "reference_bytes": reference.memory_bytes(),
             }
             metrics.write({"step": step, **row, "timing": timing})
             report.show(bar, metrics.rows[-1])
@@ -351,6 +352,7 @@ def _finish(config, output, folder, policy, tokenizer, measure, before, metrics)
         "steps": len(metrics),
         "seconds_training": round(sum(row["timing"]["seconds"] for row in metrics), 1),
         "peak_memory_bytes": max(row["timing"]["peak_memory_bytes"] for row in metrics),
+        "reference_bytes": max(row["timing"]["reference_bytes"] for row in metrics),
         "base_model": str(folder),
         "trained": str(final),
         "options": config.as_dict(),
@@ -359,6 +361,10 @@ def _finish(config, output, folder, policy, tokenizer, measure, before, metrics)
     report.write_json(output / report.SUMMARY, summary)
     checkpoint.remove_all(output)
     print(report.describe(before, after))
+    print(
+        f"memory: {summary['peak_memory_bytes'] / 2**30:.2f} GiB at its peak; the reference "
+        f"({config.reference}) held {summary['reference_bytes'] / 2**20:.2f} MiB"
+    )
     print(f"{final}: the trained {'adapter' if config.lora else 'model'}")
     print(f"{output}: {report.METRICS}, {report.CURVES}, {report.SUMMARY}")
     return summary

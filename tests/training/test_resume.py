@@ -14,7 +14,7 @@ import torch
 from toy import toy_rows, without_timing, write_jsonl
 
 from humanline.training import checkpoint, run
-from humanline.training.config import OBJECTIVES
+from humanline.training.config import OBJECTIVES, REFERENCES
 from humanline.training.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -83,14 +83,16 @@ def options(options):
 
 
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(options, tmp_path):
-    """SIGKILL at a random step, for each objective; and in the middle of writing a checkpoint."""
+    """SIGKILL at a random step, for each objective and each kind of reference; and in the middle of
+    writing a checkpoint."""
     step = random.Random(os.getpid()).randint(1, 8)
     cases = [(objective, "SIGKILL", step) for objective in OBJECTIVES]
     cases.append(("kto", "SIGKILL while saving", 3))
-    children = []
+    children, runs = [], []
     for i, (objective, what, when) in enumerate(cases):
-        chosen = options | {"objective": objective}
-        children.append(start(chosen, tmp_path / f"killed{i}", what, when))
+        chosen = {"objective": objective, "reference": REFERENCES[i % len(REFERENCES)]}
+        runs.append(options | chosen)
+        children.append(start(runs[i], tmp_path / f"killed{i}", what, when))
     for i, (objective, what, when) in enumerate(cases):
         code, err = finish(children[i])
         assert code == -signal.SIGKILL, err
@@ -103,7 +105,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(options, tmp_path):
             assert saved == ["checkpoint-4"] and list(killed.glob(".checkpoint-6*"))
         run.train({}, killed, resume=True)
         whole = tmp_path / f"whole{i}"
-        run.train(options | {"objective": objective}, whole)
+        run.train(runs[i], whole)
         assert without_timing(killed) == without_timing(whole), (objective, what, when)
         same_weights(killed / "model", whole / "model")
         assert json.loads((killed / "before.json").read_text()) == json.loads(
@@ -190,18 +192,26 @@ def stopped(options, output):
 
 
 def test_resuming_with_other_options_names_them(options, tmp_path):
-    output = stopped(options, tmp_path / "out")
+    output = stopped(options | {"reference": "copy"}, tmp_path / "out")
     other = {"learning_rate": 0.5, "objective": "kto", "max_steps": 12, "seed": 0}
     expected = r"--learning-rate \(was 0.001, now 0.5\), --objective \(was 'dpo', now 'kto'\)$"
     with pytest.raises(UserError, match=expected):
         run.train(other, output, resume=True)
 
 
-def test_a_stopped_run_may_be_made_longer(options, tmp_path):
+@pytest.mark.parametrize("chosen", [{"reference": "adapter"}, {"sync_every": 1}], ids=str)
+def test_a_stopped_run_may_be_made_longer(options, chosen, tmp_path):
+    options |= chosen
     output = stopped(options, tmp_path / "out")
     run.train({"max_steps": 11}, output, resume=True)
     run.train(options | {"max_steps": 11}, tmp_path / "whole")
     assert without_timing(output) == without_timing(tmp_path / "whole")
+
+
+def test_a_run_cannot_outgrow_what_it_has_looked_ahead_to(options, tmp_path):
+    output = stopped(options | {"reference": "lookahead"}, tmp_path / "out")
+    with pytest.raises(UserError, match=r"these options differ: --max-steps \(was 9, now 11\)"):
+        run.train({"max_steps": 11}, output, resume=True)
 
 
 def test_resuming_with_other_data_is_refused(options, tmp_path):

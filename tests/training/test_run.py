@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from toy import assistant, make_model_folder, toy_rows, without_timing, write_jsonl
 
 from humanline.training import data, examples, run, score
-from humanline.training.config import OBJECTIVES, PERCEPTIONS, TrainConfig
+from humanline.training.config import OBJECTIVES, PERCEPTIONS, REFERENCES, TrainConfig
 from humanline.training.errors import UserError
 from humanline.training.model import load_model, load_tokenizer, parts
 
@@ -345,3 +345,21 @@ def test_sharing_a_prompt_gives_the_same_gradients(model_folder, options):
         grads.append([p.grad for p in model.parameters()])
     for shared, apart in zip(*grads, strict=True):
         torch.testing.assert_close(shared, apart, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_the_kinds_of_reference_give_the_same_run(lora, options, tmp_path):
+    options |= {"lora": lora, "sync_every": 2, "max_steps": 5, "eval_limit": 0}
+    held = {}
+    for kind in REFERENCES:
+        summary = run.train(options | {"reference": kind}, tmp_path / kind)
+        held[kind] = summary["reference_bytes"]
+    runs = [without_timing(tmp_path / kind) for kind in REFERENCES]
+    assert runs[0] == runs[1] == runs[2]
+    assert held["lookahead"] < held["adapter"]
+    assert (held["adapter"] < held["copy"]) == lora
+
+
+def test_a_fixed_reference_cannot_be_looked_ahead_to(options, tmp_path):
+    with pytest.raises(UserError, match="--sync-every must be positive with --reference lookahead"):
+        run.train(options | {"reference": "lookahead", "sync_every": 0}, tmp_path / "out")

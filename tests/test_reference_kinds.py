@@ -1,0 +1,211 @@
+"""Copy, adapter and look-ahead give the same numbers, those of the rule written out in a loop."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from humanline.reference import REFERENCES, ReferenceAdapter, ReferenceCopy, ReferenceLookahead
+
+STEPS, VOCAB = 30, 11
+
+
+class Model(nn.Module):
+    """A frozen embedding, a body with dropout that trains, a tied pair of weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(VOCAB, 8).requires_grad_(False)
+        self.body = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.3), nn.Tanh(), nn.Linear(8, 8))
+        self.body[3].weight = self.body[0].weight
+        self.head = nn.Linear(8, VOCAB)
+
+    def forward(self, ids):
+        return self.head(self.body(self.embedding(ids)))
+
+
+def score(model, ids):
+    return model(ids[:, :-1]).log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
+
+
+def loss_of(model, ids, ref_logps):
+    ratio = (score(model, ids) - ref_logps).clamp(-0.5, 0.5).exp()
+    return -(ratio * torch.linspace(-1, 1, len(ids))[:, None]).mean()
+
+
+def make_steps(accumulation, first=0):
+    for step in range(first, STEPS):
+        generator = torch.Generator().manual_seed(step)
+        yield [torch.randint(0, VOCAB, (4, 6), generator=generator) for _ in range(accumulation)]
+
+
+def make_policy():
+    torch.manual_seed(1)
+    return Model().train()
+
+
+def make_optimizer(policy):
+    return torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=1e-2)
+
+
+def train_from(policy, optimizer, reference, accumulation, first=0, until=STEPS):
+    losses = []
+    for batches, scores in reference.steps(make_steps(accumulation, first)):
+        for batch, ref_logps in zip(batches, scores, strict=True):
+            loss = loss_of(policy, batch, ref_logps) / len(batches)
+            loss.backward()
+            losses.append(loss.item())
+        nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+        reference.before_step()
+        optimizer.step()
+        optimizer.zero_grad()
+        if reference.step == until:
+            break
+    return losses
+
+
+def train(kind, sync_every, accumulation):
+    policy = make_policy()
+    reference = REFERENCES[kind](policy, score, sync_every)
+    torch.manual_seed(2)
+    losses = train_from(policy, make_optimizer(policy), reference, accumulation)
+    return losses, policy, reference
+
+
+def transcription(sync_every, accumulation, after_the_step=False):
+    """The rule of the paper in a plain loop."""
+    policy = make_policy()
+    optimizer, ref = make_optimizer(policy), copy.deepcopy(policy).eval()
+    torch.manual_seed(2)
+    losses = []
+    for step, batches in enumerate(make_steps(accumulation)):
+        for batch in batches:
+            with torch.no_grad():
+                ref_logps = score(ref, batch)
+            loss = loss_of(policy, batch, ref_logps) / len(batches)
+            loss.backward()
+            losses.append(loss.item())
+        nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+        if step % sync_every == 0 and not after_the_step:
+            ref.load_state_dict(policy.state_dict())
+        optimizer.step()
+        if step % sync_every == 0 and after_the_step:
+            ref.load_state_dict(policy.state_dict())
+        optimizer.zero_grad()
+    return losses
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("sync_every", [1, 3, 4, 12])
+@pytest.mark.parametrize("kind", REFERENCES)
+def test_bitwise_the_rule_written_out(kind, sync_every, accumulation):
+    losses, policy, _ = train(kind, sync_every, accumulation)
+    assert len(losses) == STEPS * accumulation
+    assert losses == transcription(sync_every, accumulation)
+    assert all(module.training for module in policy.modules())
+
+
+@pytest.mark.parametrize("kind", REFERENCES)
+def test_a_sync_after_the_step_would_be_another_method(kind):
+    assert train(kind, 1, 1)[0] != transcription(1, 1, after_the_step=True)
+
+
+@pytest.mark.parametrize("kind", ["copy", "adapter"])
+def test_without_syncing_the_initial_policy_stays_the_reference(kind):
+    policy = make_policy()
+    reference = REFERENCES[kind](policy, score, 0)
+    ids = torch.arange(10).view(1, -1)
+    with torch.no_grad():
+        expected = score(copy.deepcopy(policy).eval(), ids)
+    for _, (of_reference,) in reference.steps([ids] for _ in range(3)):
+        assert torch.equal(of_reference, expected)
+        reference.before_step()
+        with torch.no_grad():
+            policy.head.weight += torch.randn_like(policy.head.weight)
+
+
+def test_a_lookahead_needs_a_next_sync():
+    with pytest.raises(ValueError, match="sync_every must be positive"):
+        ReferenceLookahead(make_policy(), score, 0)
+
+
+def test_a_lookahead_that_falls_short_says_so():
+    reference = ReferenceLookahead(make_policy(), score, 1)
+    with pytest.raises(RuntimeError, match="before_step"):
+        for _ in reference.steps(make_steps(1)):
+            pass  # an optimizer step without before_step()
+
+
+@pytest.mark.parametrize("stop", [1, 4, 7, 29])
+@pytest.mark.parametrize("kind", REFERENCES)
+def test_a_resumed_run_goes_on_bitwise(kind, stop):
+    whole = train(kind, 3, 2)[0]
+    policy = make_policy()
+    reference = REFERENCES[kind](policy, score, 3)
+    optimizer = make_optimizer(policy)
+    torch.manual_seed(2)
+    begun = train_from(policy, optimizer, reference, 2, until=stop)
+    state = copy.deepcopy([policy.state_dict(), optimizer.state_dict(), reference.state_dict()])
+    rng = torch.get_rng_state()
+
+    policy = Model().train()  # other weights: all of it has to come from the state
+    optimizer, reference = make_optimizer(policy), REFERENCES[kind](policy, score, 3)
+    for thing, saved in zip((policy, optimizer, reference), state, strict=True):
+        thing.load_state_dict(saved)
+    if kind == "copy":  # frozen weights are the policy's: not saved twice
+        reference.model.embedding.load_state_dict(policy.embedding.state_dict())
+    torch.set_rng_state(rng)
+    assert begun + train_from(policy, optimizer, reference, 2, first=stop) == whole
+
+
+def test_what_each_holds():
+    held = {kind: train(kind, 4, 1)[2] for kind in REFERENCES}
+    policy = make_policy()
+    everything = sum(p.nbytes for p in policy.parameters())
+    trained = sum(p.nbytes for p in policy.parameters() if p.requires_grad)
+    assert held["copy"].memory_bytes() == everything
+    assert held["adapter"].memory_bytes() == trained
+    lookahead = ReferenceLookahead(policy, score, 4)
+    steps = lookahead.steps(make_steps(1))
+    next(steps)
+    lookahead.before_step()
+    assert lookahead.memory_bytes() == 4 * (4 * 5 * 4)  # 4 steps of 4 × 5 float32 scores
+
+
+def test_an_adapter_leaves_the_policy_as_it_was_even_after_an_error():
+    policy = make_policy()
+    reference = ReferenceAdapter(policy, lambda model, batch: 1 / 0, 1)
+    with torch.no_grad():
+        policy.head.weight += 1
+    before = policy.head.weight.clone()
+    with pytest.raises(ZeroDivisionError):
+        next(reference.steps(make_steps(1)))
+    assert torch.equal(policy.head.weight, before)
+    assert policy.training and policy.head.weight.requires_grad
+
+
+@pytest.mark.parametrize("kind", REFERENCES)
+def test_scoring_leaves_random_numbers_and_modes_alone(kind):
+    policy = make_policy()
+    policy.body[1].eval()  # one module that the caller holds in eval mode
+
+    def noisy(model, batch):
+        assert not any(module.training for module in model.modules())
+        assert not torch.is_grad_enabled()
+        return torch.rand(2)
+
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    reference = REFERENCES[kind](policy, noisy, 1)
+    next(reference.steps(make_steps(1)))
+    reference.before_step()
+    assert torch.equal(torch.rand(3), expected)
+    assert policy.training and not policy.body[1].training
+
+
+def test_state_of_another_kind_is_refused():
+    policy = make_policy()
+    with pytest.raises(ValueError, match="needs a state with step, adapter; got step, model"):
+        ReferenceAdapter(policy, score).load_state_dict(ReferenceCopy(policy, score).state_dict())
