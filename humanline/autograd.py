@@ -1,5 +1,6 @@
 """Decorators for the forward and backward of the library's autograd functions."""
 
+from contextlib import nullcontext
 from functools import wraps
 
 import torch
@@ -11,7 +12,7 @@ def forward(function):
 
     @wraps(function)
     def run(ctx, *args):
-        with torch.autocast(_device_type(args), enabled=False):
+        with _no_autocast(args):
             return function(ctx, *args)
 
     return run
@@ -31,11 +32,14 @@ def backward(function):
                 "humanline losses cannot be differentiated twice: call backward without "
                 "create_graph=True, or use from_logps on log-probs of your own"
             )
-        with torch.autocast(_device_type(grads), enabled=False):
+        with _no_autocast(grads):
             return function(ctx, *grads)
 
     return run
 
 
-def _device_type(args) -> str:
-    return next(x.device.type for x in args if isinstance(x, Tensor))
+def _no_autocast(args):
+    device = next(x.device.type for x in args if isinstance(x, Tensor))
+    if not torch.amp.is_autocast_available(device):  # meta, for one
+        return nullcontext()
+    return torch.autocast(device, enabled=False)

@@ -152,8 +152,8 @@ def token_loss(
     ref: Tensor | None = None,
     entropy_weight: Tensor | None = None,
     penalty: str | None = None,
-    log_eps_P: float = -math.inf,
-    log_eps_R: float = math.inf,
+    log_eps_P: float = 0.0,
+    log_eps_R: float = 0.0,
     low: float = 0.0,
     high: float = 0.0,
     delta: float | None = None,
@@ -168,7 +168,7 @@ def token_loss(
         labels: integer, ``N`` of them; rows labelled below 0 take no part.
         temperature: one value, or ``N``.
         grad: where to write the gradient; the logits themselves will do.
-        kind: "clipped", "cispo", "sapo" or "nll".
+        kind: "clipped", "cispo", "sapo" or "nll"; the latter looks at nothing below but weight.
         weight: ``[N]``, each row's factor.
         advantages: ``[N]``; for all kinds but "nll".
         anchor: ``[N]``, log-probs the ratio is taken to; the policy's own if None.

@@ -83,29 +83,103 @@ class _LogitsObjective(torch.autograd.Function):
     @staticmethod
     @autograd.backward
     def backward(ctx, upstream, _):
-        (grad,) = ctx.saved_tensors
-        if not ctx.by_kernel:
-            return scaled(grad, upstream), *[None] * 5
-        from humanline.kernels.scale import scale_
-
         if ctx.spent:
             raise RuntimeError(
                 "the gradient of from_logits was scaled in place and handed out by the first "
                 "backward: call from_logits again for a second one"
             )
-        ctx.spent = True
-        return scale_(grad, upstream), *[None] * 5
+        (grad,) = ctx.saved_tensors
+        if ctx.by_kernel:
+            ctx.spent = True
+            _scale_(grad, upstream)
+        else:
+            grad = scaled(grad, upstream)
+        return grad, *[None] * 5
 
 
 def _in_triton(problem, logits, labels, temperature, arguments, out: Tensor) -> Evaluation:
-    from humanline.kernels.token_loss import token_loss
-
-    loss, g, logps, entropy = token_loss(logits, labels, temperature, out, **arguments)
+    loss, g, logps, entropy = _token_loss(logits, labels, temperature, out, **arguments)
+    entropy = entropy if problem.objective.needs_entropy else None
     g_entropy = None
     if entropy is not None:
         g_entropy = torch.where(problem.layout.mask, arguments["entropy_weight"], 0)
     rows = problem.rows(logps, entropy)
     return Evaluation(loss.sum(), Coefficients(g, g_entropy), rows)
+
+
+@torch.library.custom_op("humanline::token_loss", mutates_args=("grad",))
+def _token_loss(
+    logits: Tensor,
+    labels: Tensor,
+    temperature: Tensor,
+    grad: Tensor,
+    weight: Tensor,
+    kind: str,
+    advantages: Tensor | None = None,
+    anchor: Tensor | None = None,
+    ref: Tensor | None = None,
+    entropy_weight: Tensor | None = None,
+    penalty: str | None = None,
+    log_eps_P: float = 0.0,
+    log_eps_R: float = 0.0,
+    low: float = 0.0,
+    high: float = 0.0,
+    delta: float | None = None,
+    beta: float = 0.0,
+    temperature_pos: float = 1.0,
+    temperature_neg: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from humanline.kernels import token_loss as kernel
+
+    loss, g, logps, entropy = kernel.token_loss(
+        logits,
+        labels,
+        temperature,
+        grad,
+        kind=kind,
+        weight=weight,
+        advantages=advantages,
+        anchor=anchor,
+        ref=ref,
+        entropy_weight=entropy_weight,
+        penalty=penalty,
+        log_eps_P=log_eps_P,
+        log_eps_R=log_eps_R,
+        low=low,
+        high=high,
+        delta=delta,
+        beta=beta,
+        temperature_pos=temperature_pos,
+        temperature_neg=temperature_neg,
+    )
+    return loss, g, logps, logits.new_empty(0) if entropy is None else entropy
+
+
+@_token_loss.register_fake
+def _(
+    logits,
+    labels,
+    temperature,
+    grad,
+    weight,
+    kind,
+    advantages=None,
+    anchor=None,
+    ref=None,
+    entropy_weight=None,
+    *_,
+    **__,
+):
+    loss, g, logps = (logits.new_empty(labels.numel(), dtype=torch.float32) for _ in range(3))
+    entropy = logits.new_empty(0) if entropy_weight is None else torch.empty_like(loss)
+    return loss, g, logps, entropy
+
+
+@torch.library.custom_op("humanline::scale_", mutates_args=("x",))
+def _scale_(x: Tensor, factor: Tensor) -> None:
+    from humanline.kernels.scale import scale_
+
+    scale_(x, factor)
 
 
 def _in_torch(problem, logits, labels, temperature, out: Tensor) -> Evaluation:

@@ -115,6 +115,15 @@ def show(bar: tqdm, row: dict[str, Any]) -> None:
     bar.update()
 
 
+def size(n: int) -> str:
+    """A number of bytes, to read."""
+    for unit in ("B", "KiB", "MiB"):
+        if n < 1024:
+            return f"{n:.4g} {unit}"
+        n /= 1024
+    return f"{n:.4g} GiB"
+
+
 def peak_memory_bytes(device: torch.device) -> int:
     """Most memory held so far: the allocator's on a GPU, else the process's."""
     if device.type == "cuda":

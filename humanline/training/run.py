@@ -362,8 +362,8 @@ def _finish(config, output, folder, policy, tokenizer, measure, before, metrics)
     checkpoint.remove_all(output)
     print(report.describe(before, after))
     print(
-        f"memory: {summary['peak_memory_bytes'] / 2**30:.2f} GiB at its peak; the reference "
-        f"({config.reference}) held {summary['reference_bytes'] / 2**20:.2f} MiB"
+        f"memory: {report.size(summary['peak_memory_bytes'])} at its peak; the reference "
+        f"({config.reference}) held {report.size(summary['reference_bytes'])}"
     )
     print(f"{final}: the trained {'adapter' if config.lora else 'model'}")
     print(f"{output}: {report.METRICS}, {report.CURVES}, {report.SUMMARY}")

@@ -7,7 +7,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import humanline as hl
+import humanline.ops.logits
+from humanline.ops.backend import interpreting
 from humanline.ops.logits import _token_logps
+from humanline.ops.logits_objective import _token_loss
 
 V, H = 13, 6
 
@@ -150,3 +153,46 @@ def test_activation_checkpointing_gives_the_same_gradient(batch):
     (plain,) = torch.autograd.grad(loss(hidden), hidden)
     (again,) = torch.autograd.grad(checkpoint(loss, hidden, use_reentrant=False), hidden)
     assert torch.equal(plain, again)
+
+
+NO_VALUES = [  # objective and batch arguments, on a device whose tensors hold no values
+    (hl.GRPO(perception=hl.Clip(-1, 1), beta=0.1), {"advantages": (2,)}),
+    (hl.GRPO(importance_sampling_level="sequence", entropy_coef=0.1), {"advantages": (2,)}),
+    (hl.PPO(entropy_coef=0.1), {"advantages": (2, 5)}),
+    (hl.SFT(), {}),
+    (hl.DPO(perception=hl.Clip(-1, 1), loss_type=("sigmoid", "ipo")), {}),
+    (hl.DPO(perception=hl.ProspectWeight()), {}),
+    (hl.DPO(perception=hl.BetaRejection(seed=1)), {}),
+    (hl.SimPO(), {}),
+]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("objective, shapes", NO_VALUES, ids=lambda x: type(x).__name__)
+def test_from_logits_with_kernels_reads_nothing_back(objective, shapes, packed, monkeypatch):
+    """A value read on the host would stall a GPU and forbid a CUDA graph: here it cannot be had."""
+    for module in (humanline.ops, humanline.ops.logits):
+        monkeypatch.setattr(module, "choose_backend", lambda *_: "triton")
+    rows = (10,) if packed else (2, 5)
+    shapes = {name: rows if shape == (2, 5) else shape for name, shape in shapes.items()}
+    with torch.device("meta"):
+        logits = torch.empty(*rows, V, requires_grad=True)
+        labels, ref_logps = torch.empty(rows, dtype=torch.long), torch.empty(rows)
+        batch = {name: torch.empty(shape) for name, shape in shapes.items()}
+        if packed:
+            batch["cu_seqlens"] = torch.empty(3, dtype=torch.int32)
+        loss, stats = objective.from_logits(logits, labels, ref_logps, temperature=0.7, **batch)
+        loss.backward()
+    assert logits.grad.shape == logits.shape
+    assert all(x.device.type == "meta" for x in stats.values())
+
+
+@pytest.mark.skipif(not interpreting(), reason="the kernel needs a GPU or Triton's interpreter")
+def test_opcheck_of_the_one_launch_op():
+    logits, labels = torch.randn(2, 5, V), torch.randint(0, V, (2, 5))
+    row = torch.rand(10)
+    arguments = (logits, labels, torch.tensor(0.7), torch.empty_like(logits), row, "clipped")
+    options = {"advantages": row, "anchor": row, "entropy_weight": torch.tensor(0.1), "low": 0.2}
+    checks = ("test_schema", "test_faketensor")  # it is called inside an autograd function
+    result = torch.library.opcheck(_token_loss, arguments, options, test_utils=checks)
+    assert set(result.values()) == {"SUCCESS"}
