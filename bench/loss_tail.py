@@ -210,6 +210,7 @@ def main() -> None:
         "shape": {k: getattr(args, k) for k in ("n", "hidden", "vocab", "dtype")},
         "torch": torch.__version__,
         "humanline": hl.__version__,
+        "commit": _commit(),
         "python": platform.python_version(),
         "cpu": _cpu(),
         "threads": torch.get_num_threads(),
@@ -219,6 +220,11 @@ def main() -> None:
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps({"environment": environment, "results": results}, indent=1))
+
+
+def _commit() -> str:
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
 
 
 def _cpu() -> str:
