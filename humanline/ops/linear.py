@@ -4,6 +4,7 @@ The forward is one GEMM, a block of rows at a time. The backward recomputes the 
 whose incoming gradient is not 0, and only of those: 1F + 3F·active, F being one N×H×V GEMM.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -87,13 +88,25 @@ def under_autocast(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     return hidden.to(dtype), weight.to(dtype)
 
 
-def row_blocks(labels: Tensor, rows: int) -> tuple[Tensor, ...]:
-    """Indices of the unmasked rows, split into blocks. Reads their number from the device."""
-    return (labels != IGNORE_INDEX).nonzero().squeeze(1).split(rows)
+def softmax_blocks(
+    hidden: Tensor,
+    weight: Tensor,
+    head: Head,
+    labels: Tensor,
+    wanted: Tensor,
+    rows: int,
+    with_entropy: bool,
+) -> Iterator[tuple[Tensor, HeadBlock, SoftmaxBlock]]:
+    """The rows where ``wanted [N]`` holds, so many at a time: their indices, head and softmax.
 
-
-def longest(blocks: tuple[Tensor, ...]) -> int:
-    return max((len(index) for index in blocks), default=0)
+    One workspace serves all blocks: a block ends where the next begins. The number of rows is read
+    from the device.
+    """
+    blocks = wanted.nonzero().squeeze(1).split(rows)
+    memory = workspace(weight, max(map(len, blocks), default=0))
+    for index in blocks:
+        block = HeadBlock(hidden, weight, head, index, memory)
+        yield index, block, SoftmaxBlock(block.logits, labels[index].long(), with_entropy)
 
 
 @dataclass
@@ -141,11 +154,10 @@ class _LinearTokenLogps(torch.autograd.Function):
         rows = comfortable_rows(weight, fitting)
         logps = hidden.new_zeros(len(labels), dtype=compute_dtype(weight.dtype))
         entropy = torch.zeros_like(logps) if with_entropy else None
-        blocks = row_blocks(labels, rows)
-        memory = workspace(weight, longest(blocks))
-        for index in blocks:
-            block = HeadBlock(hidden, weight, head, index, memory)
-            softmax = SoftmaxBlock(block.logits, labels[index].long(), with_entropy)
+        wanted = labels != IGNORE_INDEX
+        for index, _, softmax in softmax_blocks(
+            hidden, weight, head, labels, wanted, rows, with_entropy
+        ):
             logps[index] = softmax.logps
             if with_entropy:
                 entropy[index] = softmax.entropy
@@ -162,11 +174,9 @@ class _LinearTokenLogps(torch.autograd.Function):
         dh = torch.zeros_like(hidden) if need_hidden else None
         sums = HeadGradients.zeros(weight, bias, need_weight, need_bias)
         active = coefficients.active() & (labels != IGNORE_INDEX)
-        blocks = active.nonzero().squeeze(1).split(ctx.rows)
-        memory = workspace(weight, longest(blocks))
-        for index in blocks:
-            block = HeadBlock(hidden, weight, ctx.head, index, memory)
-            softmax = SoftmaxBlock(block.logits, labels[index].long(), ctx.with_entropy)
+        for index, block, softmax in softmax_blocks(
+            hidden, weight, ctx.head, labels, active, ctx.rows, ctx.with_entropy
+        ):
             scale, of_logp, of_entropy = split_scale(coefficients.take(index))
             dz = block.through_options_(softmax.gradient(of_logp, of_entropy))
             sums.add(dz, scale, block.hidden)

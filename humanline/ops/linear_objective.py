@@ -16,22 +16,19 @@ from humanline import autograd
 from humanline.dtypes import compute_dtype
 from humanline.ops.head import (
     Head,
-    HeadBlock,
     block_rows,
     comfortable_rows,
     hidden_gradient,
-    workspace,
 )
 from humanline.ops.linear import (
     HeadGradients,
     linear_token_logps,
-    longest,
-    row_blocks,
+    softmax_blocks,
     split_scale,
     under_autocast,
 )
 from humanline.ops.logits_objective import scaled
-from humanline.ops.softmax import SoftmaxBlock
+from humanline.rows import IGNORE_INDEX
 from humanline.seam import Problem, evaluate, finish
 
 
@@ -102,11 +99,9 @@ class _LinearObjective(torch.autograd.Function):
         scale = torch.zeros_like(logps)
         whole = None
 
-        blocks = row_blocks(labels, rows)
-        memory = workspace(weight, longest(blocks))
-        for index in blocks:
-            block = HeadBlock(hidden, weight, head, index, memory)
-            softmax = SoftmaxBlock(block.logits, labels[index].long(), with_entropy)
+        for index, block, softmax in softmax_blocks(
+            hidden, weight, head, labels, labels != IGNORE_INDEX, rows, with_entropy
+        ):
             logps[index] = softmax.logps
             if with_entropy:
                 entropy[index] = softmax.entropy
