@@ -1,0 +1,118 @@
+"""How many GEMMs the loss tail from hidden states takes, counted from what is multiplied.
+
+F is one N×H×V product; here counted in rows, N of them to an F, so that each line is exact.
+"""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import humanline as hl
+
+B, T, H, V = 4, 8, 6, 50
+N = B * T
+ONE_ROW = V * 4  # bytes of logits
+
+
+class GemmRows(TorchDispatchMode):
+    """Rows of all products with the head's H and V among their dimensions."""
+
+    rows = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        if name in ("mm", "addmm", "addmm_"):
+            a, b = (
+                (x for x in args if isinstance(x, torch.Tensor) and x.dim() == 2)
+                if (name == "mm")
+                else args[1:3]
+            )
+            dimensions = sorted([a.shape[0], a.shape[1], b.shape[1]])
+            dimensions.remove(H)
+            dimensions.remove(V)
+            self.rows += dimensions[0]
+        return function(*args, **(kwargs or {}))
+
+
+def count(
+    objective, *, frozen_head=False, frozen_body=False, masked=0, far=0, rows_fitting=N, **kw
+):
+    """Rows multiplied in forward and backward; ``far`` rows lie beyond the clip bounds."""
+    hidden = torch.randn(B, T, H, requires_grad=not frozen_body)
+    weight = torch.randn(V, H, requires_grad=not frozen_head)
+    labels = torch.randint(0, V, (B, T))
+    labels.view(-1)[:masked] = -100
+    with torch.no_grad():
+        ref_logps = hl.linear_token_logps(hidden, weight, labels)
+    ref_logps.view(-1)[N - far :] += 5
+    with GemmRows() as gemms:
+        loss, stats = objective.from_hidden(
+            hidden, weight, labels, ref_logps, workspace_bytes=rows_fitting * ONE_ROW, **kw
+        )
+        if loss.requires_grad:
+            loss.backward()
+    assert stats["humanline/active_rows"] == N - masked - far
+    return gemms.rows
+
+
+GRPO = hl.GRPO(perception=hl.Clip(-1, 1))
+DPO = hl.DPO(perception=hl.Clip(-1, 1))
+ADVANTAGES = {"advantages": torch.tensor([1.0, -1.0, 0.5, -0.5])}
+
+
+@pytest.mark.parametrize("rows_fitting", [N, 5])
+def test_token_level_takes_three(rows_fitting):
+    assert count(GRPO, rows_fitting=rows_fitting, **ADVANTAGES) == 3 * N
+
+
+def test_token_level_drops_masked_rows_everywhere_and_clipped_rows_from_the_backward():
+    active = N - 7 - 9
+    assert count(GRPO, masked=7, far=9, rows_fitting=5, **ADVANTAGES) == (N - 7) + 2 * active
+
+
+@pytest.mark.parametrize("objective, kw", [(GRPO, ADVANTAGES), (DPO, {})], ids=["GRPO", "DPO"])
+@pytest.mark.parametrize("rows_fitting", [N, 5])
+def test_a_frozen_head_takes_two(objective, kw, rows_fitting):
+    assert count(objective, frozen_head=True, rows_fitting=rows_fitting, **kw) == 2 * N
+
+
+def test_a_frozen_body_takes_two():
+    assert count(GRPO, frozen_body=True, **ADVANTAGES) == 2 * N
+
+
+def test_sequence_level_takes_three_where_the_logits_fit():
+    assert count(DPO) == 3 * N
+    assert count(DPO, masked=7, far=9) == (N - 7) + 2 * (N - 7 - 9)
+
+
+@pytest.mark.parametrize("far", [0, 9])
+def test_sequence_level_recomputes_active_rows_where_they_do_not(far):
+    assert count(DPO, rows_fitting=5, far=far) == N + 3 * (N - far)
+
+
+def test_zero_advantages_and_surrogate_clipping_drop_out_too():
+    hidden, weight = torch.randn(B, T, H, requires_grad=True), torch.randn(V, H, requires_grad=True)
+    labels = torch.randint(0, V, (B, T))
+    with torch.no_grad():
+        old_logps = hl.linear_token_logps(hidden, weight, labels)
+    old_logps[2] -= 0.5  # ratio 1.65: clipped where the advantage is positive
+    with GemmRows() as gemms:
+        loss, _ = hl.GRPO().from_hidden(
+            hidden, weight, labels, old_logps, advantages=torch.tensor([0.0, 1.0, 1.0, -1.0])
+        )
+        loss.backward()
+    assert gemms.rows == N + 2 * 2 * T
+
+
+def test_without_gradients_it_takes_one():
+    with torch.no_grad():
+        assert count(DPO, rows_fitting=5) == N
+
+
+def test_log_probs_alone_recompute_rows_with_a_gradient():
+    hidden, weight = torch.randn(B, T, H, requires_grad=True), torch.randn(V, H, requires_grad=True)
+    labels = torch.randint(0, V, (B, T))
+    with GemmRows() as gemms:
+        logps = hl.linear_token_logps(hidden, weight, labels)
+        logps[1:3].sum().backward()
+    assert gemms.rows == N + 3 * 2 * T
