@@ -2,6 +2,9 @@
 
 The forward is one GEMM, a block of rows at a time. The backward recomputes the logits of those rows
 whose incoming gradient is not 0, and only of those: 1F + 3F·active, F being one N×H×V GEMM.
+
+With a frozen head it is 2F, for any loss: the gradient of a row's hidden state is its incoming
+gradient times that of a unit one, which the forward forms while it has the logits.
 """
 
 from collections.abc import Iterator
@@ -74,9 +77,15 @@ def linear_token_logps(
         head.for_rows(labels),
         return_entropy,
         workspace_bytes,
+        _only_hidden_trains(hidden, weight, bias) and not return_entropy,
     )
     logps = logps.view(labels.shape)
     return (logps, entropy.view(labels.shape)) if return_entropy else logps
+
+
+def _only_hidden_trains(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    head_trains = weight.requires_grad or (bias is not None and bias.requires_grad)
+    return torch.is_grad_enabled() and hidden.requires_grad and not head_trains
 
 
 def under_autocast(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -149,42 +158,53 @@ def split_scale(coefficients: Coefficients) -> tuple[Tensor, Tensor | None, Tens
 class _LinearTokenLogps(torch.autograd.Function):
     @staticmethod
     @autograd.forward
-    def forward(ctx, hidden, weight, bias, labels, head, with_entropy, workspace_bytes):
+    def forward(ctx, hidden, weight, bias, labels, head, with_entropy, workspace_bytes, unit):
         fitting = block_rows(weight, 1 + with_entropy, workspace_bytes)
         rows = comfortable_rows(weight, fitting)
         logps = hidden.new_zeros(len(labels), dtype=compute_dtype(weight.dtype))
         entropy = torch.zeros_like(logps) if with_entropy else None
-        wanted = labels != IGNORE_INDEX
-        for index, _, softmax in softmax_blocks(
-            hidden, weight, head, labels, wanted, rows, with_entropy
+        dh = torch.zeros_like(hidden) if unit else None
+        for index, block, softmax in softmax_blocks(
+            hidden, weight, head, labels, labels != IGNORE_INDEX, rows, with_entropy
         ):
             logps[index] = softmax.logps
             if with_entropy:
                 entropy[index] = softmax.entropy
-        ctx.save_for_backward(hidden, weight, bias, labels)
-        ctx.head, ctx.with_entropy, ctx.rows = head, with_entropy, rows
+            if unit:
+                dz = block.through_options_(softmax.gradient())
+                dh[index] = hidden_gradient(dz, weight).to(dh.dtype)
+        ctx.unit, ctx.head, ctx.with_entropy, ctx.rows = unit, head, with_entropy, rows
+        ctx.save_for_backward(labels, *((dh,) if unit else (hidden, weight, bias)))
         return logps, entropy
 
     @staticmethod
     @autograd.backward
     def backward(ctx, g, g_entropy):
-        hidden, weight, bias, labels = ctx.saved_tensors
-        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
-        coefficients = Coefficients(g, g_entropy if ctx.with_entropy else None)
-        dh = torch.zeros_like(hidden) if need_hidden else None
-        sums = HeadGradients.zeros(weight, bias, need_weight, need_bias)
-        active = coefficients.active() & (labels != IGNORE_INDEX)
-        for index, block, softmax in softmax_blocks(
-            hidden, weight, ctx.head, labels, active, ctx.rows, ctx.with_entropy
-        ):
-            scale, of_logp, of_entropy = split_scale(coefficients.take(index))
-            dz = block.through_options_(softmax.gradient(of_logp, of_entropy))
-            sums.add(dz, scale, block.hidden)
-            if need_hidden:
-                dh[index] = (hidden_gradient(dz, weight) * scale[:, None]).to(dh.dtype)
-        return (
-            dh,
-            sums.weight.to(weight.dtype) if need_weight else None,
-            sums.bias.to(bias.dtype) if need_bias else None,
-            *[None] * 4,
-        )
+        if ctx.unit:
+            labels, dh = ctx.saved_tensors
+            g = torch.where(labels != IGNORE_INDEX, g, 0)
+            return (dh * g[:, None]).to(dh.dtype), *[None] * 7
+        g_entropy = g_entropy if ctx.with_entropy else None
+        return *_recompute(ctx, Coefficients(g, g_entropy)), *[None] * 5
+
+
+def _recompute(ctx, coefficients: Coefficients) -> tuple[Tensor | None, ...]:
+    """Gradients of hidden, weight and bias from the logits of the active rows, formed again."""
+    labels, hidden, weight, bias = ctx.saved_tensors
+    need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
+    dh = torch.zeros_like(hidden) if need_hidden else None
+    sums = HeadGradients.zeros(weight, bias, need_weight, need_bias)
+    active = coefficients.active() & (labels != IGNORE_INDEX)
+    for index, block, softmax in softmax_blocks(
+        hidden, weight, ctx.head, labels, active, ctx.rows, ctx.with_entropy
+    ):
+        scale, of_logp, of_entropy = split_scale(coefficients.take(index))
+        dz = block.through_options_(softmax.gradient(of_logp, of_entropy))
+        sums.add(dz, scale, block.hidden)
+        if need_hidden:
+            dh[index] = (hidden_gradient(dz, weight) * scale[:, None]).to(dh.dtype)
+    return (
+        dh,
+        sums.weight.to(weight.dtype) if need_weight else None,
+        sums.bias.to(bias.dtype) if need_bias else None,
+    )

@@ -4,9 +4,9 @@ while the logits are still there.
 | what needs a gradient, what the objective is | GEMMs | how |
 |---|---|---|
 | nothing | 1F | log-probs |
-| the body alone (frozen head), no entropy term | 2F | dH of a unit coefficient in the forward |
-| token-level, or all rows fit one block | 3F | gradient in the forward |
-| else | 1F + 3F·active | log-probs, then recompute the active rows |
+| the body alone (frozen head), no entropy term | 2F | log-probs, which form dH in the forward |
+| token-level, or all rows fit one block | 3F | gradient in the forward, here |
+| else | 1F + 3F·active | log-probs, which recompute the active rows in the backward |
 """
 
 import torch
@@ -76,8 +76,9 @@ def _rows_with_gradient(
     head_trains = any(x is not None and x.requires_grad for x in (weight, head.bias))
     if not torch.is_grad_enabled() or not (hidden.requires_grad or head_trains):
         return None
-    unit = not head_trains and not problem.objective.needs_entropy
-    if unit or problem.token_level:
+    if not head_trains and not problem.objective.needs_entropy:
+        return None
+    if problem.token_level:
         return comfortable_rows(weight, fitting)
     return fitting if rows <= fitting else None
 
@@ -90,8 +91,6 @@ class _LinearObjective(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, labels, head, problem, rows):
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         with_entropy = problem.objective.needs_entropy
-        # With the head frozen and no entropy term, dz does not depend on the coefficients.
-        unit = not (need_weight or need_bias or with_entropy)
         sums = HeadGradients.zeros(weight, bias, need_weight, need_bias)
         dh = torch.zeros_like(hidden) if need_hidden else None
         logps = hidden.new_zeros(len(labels), dtype=compute_dtype(weight.dtype))
@@ -105,29 +104,23 @@ class _LinearObjective(torch.autograd.Function):
             logps[index] = softmax.logps
             if with_entropy:
                 entropy[index] = softmax.entropy
-            of_logp = of_entropy = None
-            if not unit:
-                if problem.token_level:
-                    coefficients = evaluate(
-                        problem, softmax.logps, softmax.entropy, index
-                    ).coefficients
-                else:  # the only block
-                    whole = evaluate(problem, logps, entropy)
-                    coefficients = whole.coefficients.take(index)
-                kept = coefficients.active().nonzero().squeeze(1)
-                if len(kept) < len(index):
-                    block.keep(kept)
-                    softmax.keep(kept)
-                    index, coefficients = index[kept], coefficients.take(kept)
-                scale[index], of_logp, of_entropy = split_scale(coefficients)
+            if problem.token_level:
+                coefficients = evaluate(problem, softmax.logps, softmax.entropy, index).coefficients
+            else:  # the only block
+                whole = evaluate(problem, logps, entropy)
+                coefficients = whole.coefficients.take(index)
+            kept = coefficients.active().nonzero().squeeze(1)
+            if len(kept) < len(index):
+                block.keep(kept)
+                softmax.keep(kept)
+                index, coefficients = index[kept], coefficients.take(kept)
+            scale[index], of_logp, of_entropy = split_scale(coefficients)
             dz = block.through_options_(softmax.gradient(of_logp, of_entropy))
             sums.add(dz, scale[index], block.hidden)
             if need_hidden:
                 dh[index] = hidden_gradient(dz, weight).to(dh.dtype)
 
         whole = whole or evaluate(problem, logps, entropy)
-        if unit:
-            scale = whole.coefficients.logps
         ctx.save_for_backward(dh, scale, sums.weight, sums.bias)
         ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
         return whole.loss, problem.stats(whole)

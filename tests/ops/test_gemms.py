@@ -116,3 +116,12 @@ def test_log_probs_alone_recompute_rows_with_a_gradient():
         logps = hl.linear_token_logps(hidden, weight, labels)
         logps[1:3].sum().backward()
     assert gemms.rows == N + 3 * 2 * T
+
+
+def test_log_probs_alone_take_two_with_a_frozen_head():
+    hidden, weight = torch.randn(B, T, H, requires_grad=True), torch.randn(V, H)
+    labels = torch.randint(0, V, (B, T))
+    labels[0] = -100
+    with GemmRows() as gemms:
+        hl.linear_token_logps(hidden, weight, labels).square().sum().backward()
+    assert gemms.rows == 2 * (N - T)
