@@ -30,7 +30,7 @@ def backward(function):
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "humanline losses cannot be differentiated twice: call backward without "
-                "create_graph=True, or use from_logps on log-probs of your own"
+                "create_graph=True"
             )
         with _no_autocast(grads):
             return function(ctx, *grads)

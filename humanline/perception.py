@@ -189,9 +189,10 @@ class ProspectWeight(Perception):
         below = torch.searchsorted(ascending, d.contiguous()).minimum(n)
         not_above = torch.searchsorted(ascending, d.contiguous(), right=True).minimum(n)
         gain = d >= 0
+        n = n.to(torch.float64)  # neighbouring capacities differ by 1/n: float32 has no digits left
         before = torch.where(gain, n - not_above, below)
         ties = (not_above - below).clamp(min=1)
-        total = n.clamp(min=1).to(d.dtype)
+        total = n.clamp(min=1)
         first, last = before / total, (before + ties) / total
         weight = torch.where(
             gain,
@@ -199,7 +200,8 @@ class ProspectWeight(Perception):
             capacity(last, self.gamma_loss) - capacity(first, self.gamma_loss),
         )
         weight = torch.where(mask, weight / ties, 0)
-        return weight * total / weight.sum().clamp(min=torch.finfo(d.dtype).tiny)
+        scaled = weight * total / weight.sum().clamp(min=torch.finfo(torch.float64).tiny)
+        return scaled.to(d.dtype)
 
 
 def capacity(a: Tensor, gamma: float) -> Tensor:

@@ -29,9 +29,7 @@ def _multiply(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
 
 def philox(seed: int, counter: tuple[Tensor | int, ...], like: Tensor) -> tuple[Tensor, ...]:
     """Four tensors of 32-bit words (as int64) for a 128-bit counter given as four words."""
-    c0, c1, c2, c3 = (
-        torch.as_tensor(c, dtype=torch.int64, device=like.device) & _MASK32 for c in counter
-    )
+    c0, c1, c2, c3 = (c & _MASK32 for c in counter)
     k0, k1 = seed & _MASK32, (seed >> 32) & _MASK32
     for _ in range(10):
         hi_a, lo_a = _multiply(_MULTIPLIERS[0], c0)

@@ -188,6 +188,8 @@ class ReferenceLookahead(Reference):
     """No second set of weights. At a sync the *next* ``sync_every`` steps' batches go through the
     policy as it stands, before it steps; their scores are kept until they are due.
 
+    ``steps`` is called once, with the steps of all epochs; again only after ``load_state_dict``.
+
     Args, raises: see :class:`Reference`; besides, ``sync_every=0`` is an error: all the batches
     there will ever be would have to be scored in advance.
     """
@@ -208,6 +210,14 @@ class ReferenceLookahead(Reference):
         self._coming = deque(zip(again, self._loaded, strict=False))
         self._loaded = []
         if not self._coming:  # the very first step: its reference is the policy at hand
+            require(
+                self.step == 0,
+                lambda: (
+                    f"nothing was looked ahead to for step {self.step}: pass the steps of all "
+                    "epochs as one iterable"
+                ),
+                error=RuntimeError,
+            )
             self._look_ahead(1)
         while self._coming:
             yield self._coming.popleft()

@@ -186,6 +186,11 @@ class Rows:
         return cls(None, None, None, None, None, None, layout.mask, length, layout)
 
     @property
+    def perceived_logps(self) -> Tensor:
+        """``logps``, with the gradient that the perception leaves them."""
+        return self.logps.detach() + (self.log_ratio - self.log_ratio.detach()).nan_to_num()
+
+    @property
     def tokens(self) -> Tensor:
         """Completion tokens in the whole batch."""
         return self.layout.tokens

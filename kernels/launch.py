@@ -42,6 +42,11 @@ def _even(x: Tensor) -> bool:
     return x.stride(1) > 0 and x.stride(0) % x.stride(1) == 0
 
 
+def dense(x: Tensor | None) -> Tensor | None:
+    """Row values as the kernels read them: one after the other, whatever view they came as."""
+    return None if x is None else x.reshape(-1).contiguous()
+
+
 def row_config(vocab: int, dtype: torch.dtype) -> dict[str, int]:
     """Tile and warps for rows of this length.
 

@@ -13,6 +13,9 @@ SAPO = tl.constexpr(2)
 NLL = tl.constexpr(3)
 KINDS = {"clipped": CLIPPED, "cispo": CISPO, "sapo": SAPO, "nll": NLL}
 
+# Beyond this an exponential of a log-ratio is held constant, see objectives/grpo.py.
+MAX_EXPONENT = tl.constexpr(80.0)
+
 # Kinds of KL penalty.
 NO_KL = tl.constexpr(0)
 K1 = tl.constexpr(1)
@@ -71,12 +74,12 @@ def policy_loss(
     if KIND == NLL:
         return -logp, -1.0
     c, slope = perceive(logp - anchor, log_eps_P, log_eps_R)
-    ratio = tl.exp(c)
-    ratio_slope = ratio * slope
+    ratio = tl.exp(tl.minimum(c, MAX_EXPONENT))
+    ratio_slope = tl.where(c <= MAX_EXPONENT, ratio * slope, 0.0)
     if KIND == CISPO:
         weight = -tl.minimum(ratio, high) * advantage
         loss = weight * logp
-        g = weight
+        g = weight * slope
     elif KIND == SAPO:
         loss, by_ratio = sapo_gate(ratio, advantage, temperature_pos, temperature_neg)
         g = by_ratio * ratio_slope
@@ -89,8 +92,9 @@ def policy_loss(
             loss += beta * d
             g += beta
         else:
-            kl = tl.exp(-d) + d - 1.0
-            kl_slope = 1.0 - tl.exp(-d)
+            e = tl.exp(tl.minimum(-d, MAX_EXPONENT))
+            kl = e + d - 1.0
+            kl_slope = 1.0 - tl.where(-d <= MAX_EXPONENT, e, 0.0)
             if PENALTY == K3_TIMES_RATIO:
                 kl_slope = kl_slope * ratio + kl * ratio_slope
                 kl *= ratio

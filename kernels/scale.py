@@ -4,6 +4,7 @@ Whether the incoming gradient is 1 is known on the device alone: each program re
 at once if so, which spares a synchronisation as well as the bytes.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -25,5 +26,6 @@ def scale_(x: Tensor, factor: Tensor) -> Tensor:
     block, vocab = 8192, x.shape[-1]
     if x.numel():
         grid = (triton.cdiv(x.numel(), block),)
-        _scale[grid](x, factor, x.numel() // vocab, vocab, BLOCK=block, num_warps=8)
+        with torch.cuda.device_of(x):
+            _scale[grid](x, factor, x.numel() // vocab, vocab, BLOCK=block, num_warps=8)
     return x

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import RowTensor, row_config
+from .launch import RowTensor, dense, row_config
 from .rows import (
     LOG2E,
     label_logp,
@@ -135,25 +135,26 @@ def token_logps_forward(
     Args:
         logits: ``[..., V]``, any strides, float32, bfloat16 or float16.
         labels: integer, ``N`` of them; rows labelled below 0 give 0.
-        temperature: one value, or ``N``.
+        temperature: a scalar, or ``N`` values.
     """
     rows = RowTensor.of(logits)
     logps, row_max, row_sum = (logits.new_empty(rows.rows, dtype=torch.float32) for _ in range(3))
     entropy = torch.empty_like(logps) if with_entropy else None
     if rows.rows:
-        _forward[(rows.rows,)](
-            *rows.arguments,
-            labels.reshape(-1),
-            temperature,
-            logps,
-            row_max,
-            row_sum,
-            entropy,
-            logits.shape[-1],
-            TEMPERATURE_PER_ROW=temperature.numel() > 1,
-            ENTROPY=with_entropy,
-            **row_config(logits.shape[-1], logits.dtype),
-        )
+        with torch.cuda.device_of(logits):
+            _forward[(rows.rows,)](
+                *rows.arguments,
+                dense(labels),
+                dense(temperature),
+                logps,
+                row_max,
+                row_sum,
+                entropy,
+                logits.shape[-1],
+                TEMPERATURE_PER_ROW=temperature.dim() > 0,
+                ENTROPY=with_entropy,
+                **row_config(logits.shape[-1], logits.dtype),
+            )
     return logps, entropy, row_max, row_sum
 
 
@@ -172,20 +173,21 @@ def token_logps_backward(
     rows = RowTensor.of(logits)
     grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     if rows.rows:
-        _backward[(rows.rows,)](
-            *RowTensor.of(grad).arguments,
-            *rows.arguments,
-            labels.reshape(-1),
-            temperature,
-            logps,
-            row_max,
-            row_sum,
-            entropy,
-            g,
-            g_entropy,
-            logits.shape[-1],
-            TEMPERATURE_PER_ROW=temperature.numel() > 1,
-            ENTROPY=g_entropy is not None,
-            **row_config(logits.shape[-1], logits.dtype),
-        )
+        with torch.cuda.device_of(logits):
+            _backward[(rows.rows,)](
+                *RowTensor.of(grad).arguments,
+                *rows.arguments,
+                dense(labels),
+                dense(temperature),
+                logps,
+                row_max,
+                row_sum,
+                entropy,
+                dense(g),
+                dense(g_entropy),
+                logits.shape[-1],
+                TEMPERATURE_PER_ROW=temperature.dim() > 0,
+                ENTROPY=g_entropy is not None,
+                **row_config(logits.shape[-1], logits.dtype),
+            )
     return grad

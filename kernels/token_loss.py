@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import RowTensor, row_config
+from .launch import RowTensor, dense, row_config
 from .policy_loss import KINDS, PENALTIES, policy_loss
 from .rows import (
     LOG2E,
@@ -89,6 +89,8 @@ def _token_loss(
     inverse = inverse_temperature(temperature_ptr, row, TEMPERATURE_PER_ROW)
     m, s, t = row_statistics(row_ptr, V, inverse * LOG2E, ENTROPY, LANES, PER_LANE)
     logp = label_logp(row_ptr, label, inverse, m, s)
+    # In place, a fast warp must not overwrite the label's logit before every warp has read it.
+    tl.debug_barrier()
     loss, g = policy_loss(
         logp,
         row_value(anchor_ptr, row, not ON_POLICY, logp),
@@ -166,7 +168,7 @@ def token_loss(
     Args:
         logits: ``[..., V]``, any strides.
         labels: integer, ``N`` of them; rows labelled below 0 take no part.
-        temperature: one value, or ``N``.
+        temperature: a scalar, or ``N`` values.
         grad: where to write the gradient; the logits themselves will do.
         kind: "clipped", "cispo", "sapo" or "nll"; the latter looks at nothing below but weight.
         weight: ``[N]``, each row's factor.
@@ -183,34 +185,35 @@ def token_loss(
     loss, g, logps = (logits.new_empty(rows.rows, dtype=torch.float32) for _ in range(3))
     entropy = torch.empty_like(loss) if entropy_weight is not None else None
     if rows.rows:
-        _token_loss[(rows.rows,)](
-            *RowTensor.of(grad).arguments,
-            *rows.arguments,
-            labels.reshape(-1),
-            temperature,
-            anchor,
-            ref,
-            advantages,
-            weight,
-            entropy_weight,
-            logps,
-            entropy,
-            loss,
-            g,
-            logits.shape[-1],
-            float(log_eps_P),
-            float(log_eps_R),
-            float(low),
-            float(high),
-            math.inf if delta is None else float(delta),
-            float(beta),
-            float(temperature_pos),
-            float(temperature_neg),
-            KIND=KINDS[kind],
-            PENALTY=PENALTIES[penalty],
-            ON_POLICY=anchor is None,
-            TEMPERATURE_PER_ROW=temperature.numel() > 1,
-            ENTROPY=entropy is not None,
-            **row_config(logits.shape[-1], logits.dtype),
-        )
+        with torch.cuda.device_of(logits):
+            _token_loss[(rows.rows,)](
+                *RowTensor.of(grad).arguments,
+                *rows.arguments,
+                dense(labels),
+                dense(temperature),
+                dense(anchor),
+                dense(ref),
+                dense(advantages),
+                dense(weight),
+                entropy_weight,
+                logps,
+                entropy,
+                loss,
+                g,
+                logits.shape[-1],
+                float(log_eps_P),
+                float(log_eps_R),
+                float(low),
+                float(high),
+                math.inf if delta is None else float(delta),
+                float(beta),
+                float(temperature_pos),
+                float(temperature_neg),
+                KIND=KINDS[kind],
+                PENALTY=PENALTIES[penalty],
+                ON_POLICY=anchor is None,
+                TEMPERATURE_PER_ROW=temperature.dim() > 0,
+                ENTROPY=entropy is not None,
+                **row_config(logits.shape[-1], logits.dtype),
+            )
     return loss, g, logps, entropy

@@ -409,3 +409,11 @@ def test_an_empty_mask_gives_zero_weights():
 def test_prospect_refuses_curvatures_outside_its_range(name, value):
     with pytest.raises(ValueError, match=f"0.28 < {name} <= 1, got {value}"):
         hl.ProspectWeight(**{name: value})
+
+
+def test_prospect_weights_of_a_million_tokens_keep_their_digits():
+    d = torch.randn(2**20)
+    mask = torch.ones(2**20, dtype=torch.bool)
+    weights = hl.ProspectWeight().weights(d, mask)
+    exact = hl.ProspectWeight().weights(d.double(), mask)
+    torch.testing.assert_close(weights.double(), exact, rtol=1e-6, atol=0)

@@ -209,3 +209,12 @@ def test_state_of_another_kind_is_refused():
     policy = make_policy()
     with pytest.raises(ValueError, match="needs a state with step, adapter; got step, model"):
         ReferenceAdapter(policy, score).load_state_dict(ReferenceCopy(policy, score).state_dict())
+
+
+def test_a_second_epoch_cannot_begin_without_a_reference():
+    policy = make_policy()
+    reference = ReferenceLookahead(policy, score, 1)
+    for _ in reference.steps([next(make_steps(1))]):
+        reference.before_step()
+    with pytest.raises(RuntimeError, match="the steps of all epochs as one iterable"):
+        next(reference.steps(make_steps(1)))

@@ -28,7 +28,7 @@ from humanline.rows import Layout
 DATA = Data()
 LAYOUTS = pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 # One row of logits at a time (two buffers, so that it holds with entropy as well), or all at once.
-SMALL, LARGE = 2 * 8 * Data.V, 2**20
+SMALL, LARGE = 3 * 8 * Data.V, 2**20  # one row with entropy and softcap
 OPTIONS = {
     "plain": {},
     "all": {"logit_scale": 0.7, "logit_softcap": 2.5, "temperature": 1.3},

@@ -185,6 +185,12 @@ class DPO(Objective):
 
     def __post_init__(self):
         super().__post_init__()
+        if not isinstance(self.loss_type, str):
+            object.__setattr__(self, "loss_type", tuple(self.loss_type))
+            if not self.loss_type:
+                raise ValueError("DPO needs a loss_type, got none")
+        if not self.beta > 0:
+            raise ValueError(f"beta must be positive, got {self.beta}")
         for name in self.loss_types:
             if name not in LOSSES:
                 raise ValueError(f"unknown DPO loss_type {name!r}; known: {', '.join(LOSSES)}")

@@ -12,6 +12,8 @@ from humanline.dtypes import at_least_float32
 from humanline.objectives.base import TokenObjective, as_count
 from humanline.rows import Layout, Rows
 
+MAX_EXPONENT = 80.0
+
 
 @dataclass(frozen=True)
 class PolicyObjective(TokenObjective):
@@ -121,9 +123,14 @@ def clipped_surrogate(
     return -torch.minimum(ratio * advantages, clipped * advantages)
 
 
+def bounded_exp(x: Tensor) -> Tensor:
+    """``exp(x)``, held constant beyond 80: a ratio of 1e34 still multiplies to finite numbers."""
+    return x.clamp(max=MAX_EXPONENT).exp()
+
+
 def k3(d: Tensor) -> Tensor:
     """Schulman's unbiased, non-negative estimate of ``KL(π_θ ‖ π_ref)`` from ``d``."""
-    return torch.exp(-d) + d - 1
+    return bounded_exp(-d) + d - 1
 
 
 @dataclass(frozen=True)
@@ -229,8 +236,8 @@ class GRPO(PolicyObjective):
 
     def _ratio(self, rows: Rows) -> Tensor:
         if self.importance_sampling_level == "token":
-            return rows.log_ratio.exp()
-        return rows.expand(rows.mean(rows.log_ratio)).exp()
+            return bounded_exp(rows.log_ratio)
+        return bounded_exp(rows.expand(rows.mean(rows.log_ratio)))
 
     def _kl(self, rows: Rows, ratio: Tensor) -> Tensor:
         kl = k3(rows.logps - rows.ref_logps)
@@ -238,11 +245,11 @@ class GRPO(PolicyObjective):
 
     def _policy_loss(self, rows: Rows, ratio: Tensor, advantages: Tensor) -> Tensor:
         if self.loss_type == "cispo":
-            return -ratio.clamp(max=self.upper_epsilon).detach() * advantages * rows.logps
+            return -ratio.clamp(max=self.upper_epsilon).detach() * advantages * rows.perceived_logps
         if self.loss_type == "sapo":
             return -self._sapo_gate(ratio, advantages) * advantages
         if self.loss_type == "vespo":
-            return -self._vespo_weight(rows, advantages) * advantages * rows.logps
+            return -self._vespo_weight(rows, advantages) * advantages * rows.perceived_logps
         return clipped_surrogate(ratio, advantages, self.epsilon, self.upper_epsilon, self.delta)
 
     def _sapo_gate(self, ratio: Tensor, advantages: Tensor) -> Tensor:

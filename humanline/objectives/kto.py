@@ -72,7 +72,11 @@ class KTO(Objective):
             z0 = 0.0
         elif z0 is None:
             z0 = self._reference_point(layout, kl_logps, kl_ref_logps, kl_mask, kl_cu_seqlens)
-        z0 = z0.detach() if isinstance(z0, Tensor) else z0
+        if isinstance(z0, Tensor):
+            checks.require(
+                z0.numel() == 1, lambda: f"z0 must be one number, got shape {list(z0.shape)}"
+            )
+            z0 = z0.detach().reshape(())
         return {"desirable": desirable.to(torch.bool), "z0": z0}
 
     def _reference_point(self, rows: Layout, logps, ref_logps, mask, cu_seqlens) -> Tensor:

@@ -6,7 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from humanline.objectives.grpo import PolicyObjective, clip_stats, clipped_surrogate, k3
+from humanline.objectives.grpo import (
+    PolicyObjective,
+    bounded_exp,
+    clip_stats,
+    clipped_surrogate,
+    k3,
+)
 from humanline.rows import Layout, Rows
 
 
@@ -52,14 +58,14 @@ class PPO(PolicyObjective):
         }
 
     def token_loss(self, rows: Rows, advantages, old_logps) -> Tensor:
-        ratio = rows.log_ratio.exp()
+        ratio = bounded_exp(rows.log_ratio)
         loss = clipped_surrogate(ratio, advantages, self.epsilon, self.upper_epsilon)
         if self.beta != 0:
             loss = loss + self.beta * self._kl(rows)
         return rows.token_mean(loss) + self.minus_entropy_bonus(rows)
 
     def stats(self, rows: Rows, advantages, old_logps) -> dict[str, Tensor]:
-        ratio = rows.log_ratio.exp()
+        ratio = bounded_exp(rows.log_ratio)
         stats = clip_stats(rows, ratio, advantages, self.epsilon, self.upper_epsilon)
         if self.beta != 0:
             stats["kl"] = rows.token_mean(self._kl(rows)).sum()

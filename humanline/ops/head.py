@@ -74,13 +74,17 @@ def check_hidden(hidden: Tensor, weight: Tensor, labels: Tensor, head: Head) -> 
     check_temperature(head.temperature, labels)
 
 
-def block_rows(weight: Tensor, buffers: int, workspace_bytes: int) -> int:
-    """Rows whose logits, in so many buffers, fit the workspace.
+def block_rows(weight: Tensor, head: Head, with_entropy: bool, workspace_bytes: int) -> int:
+    """Rows whose logits fit the workspace, with what softcap, entropy and half precision take.
+
+    Where rows drop out of the backward, a copy of a block's active rows comes on top.
 
     Raises:
         ValueError: not even one row fits.
     """
-    per_row = buffers * weight.shape[0] * compute_dtype(weight.dtype).itemsize
+    dtype = compute_dtype(weight.dtype)
+    buffers = 1 + with_entropy + (head.logit_softcap is not None) + (weight.dtype != dtype)
+    per_row = buffers * weight.shape[0] * dtype.itemsize
     checks.require(
         workspace_bytes >= per_row,
         lambda: (
@@ -114,7 +118,7 @@ class HeadBlock:
         self._softcap_slope = None
         if head.logit_softcap is not None:
             z.div_(head.logit_softcap).tanh_()
-            self._softcap_slope = 1 - z * z
+            self._softcap_slope = (z * z).neg_().add_(1)
             z *= head.logit_softcap
         divide_by_temperature(z, head.temperature, index)
         self.logits = z

@@ -94,7 +94,7 @@ def under_autocast(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     if not torch.is_autocast_enabled(device):
         return hidden, weight
     dtype = torch.get_autocast_dtype(device)
-    return hidden.to(dtype), weight.to(dtype)
+    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in (hidden, weight))
 
 
 def softmax_blocks(
@@ -111,7 +111,7 @@ def softmax_blocks(
     One workspace serves all blocks: a block ends where the next begins. The number of rows is read
     from the device.
     """
-    blocks = wanted.nonzero().squeeze(1).split(rows)
+    blocks = [index for index in wanted.nonzero().squeeze(1).split(rows) if len(index)]
     memory = workspace(weight, max(map(len, blocks), default=0))
     for index in blocks:
         block = HeadBlock(hidden, weight, head, index, memory)
@@ -159,7 +159,7 @@ class _LinearTokenLogps(torch.autograd.Function):
     @staticmethod
     @autograd.forward
     def forward(ctx, hidden, weight, bias, labels, head, with_entropy, workspace_bytes, unit):
-        fitting = block_rows(weight, 1 + with_entropy, workspace_bytes)
+        fitting = block_rows(weight, head, with_entropy, workspace_bytes)
         rows = comfortable_rows(weight, fitting)
         logps = hidden.new_zeros(len(labels), dtype=compute_dtype(weight.dtype))
         entropy = torch.zeros_like(logps) if with_entropy else None
@@ -182,8 +182,8 @@ class _LinearTokenLogps(torch.autograd.Function):
     def backward(ctx, g, g_entropy):
         if ctx.unit:
             labels, dh = ctx.saved_tensors
-            g = torch.where(labels != IGNORE_INDEX, g, 0)
-            return (dh * g[:, None]).to(dh.dtype), *[None] * 7
+            active = ((g != 0) & (labels != IGNORE_INDEX))[:, None]
+            return torch.where(active, dh * g[:, None], 0).to(dh.dtype), *[None] * 7
         g_entropy = g_entropy if ctx.with_entropy else None
         return *_recompute(ctx, Coefficients(g, g_entropy)), *[None] * 5
 

@@ -43,7 +43,7 @@ def linear_objective(
     """Loss and statistics of a problem from ``hidden [..., H]`` and ``weight [V, H]``, checked."""
     with_entropy = problem.objective.needs_entropy
     hidden, weight = under_autocast(hidden, weight)
-    fitting = block_rows(weight, 1 + with_entropy, workspace_bytes)
+    fitting = block_rows(weight, head, with_entropy, workspace_bytes)
     rows = _rows_with_gradient(problem, hidden, weight, head, labels.numel(), fitting)
     if rows is not None:
         return _LinearObjective.apply(
@@ -110,6 +110,8 @@ class _LinearObjective(torch.autograd.Function):
                 whole = evaluate(problem, logps, entropy)
                 coefficients = whole.coefficients.take(index)
             kept = coefficients.active().nonzero().squeeze(1)
+            if len(kept) == 0:
+                continue
             if len(kept) < len(index):
                 block.keep(kept)
                 softmax.keep(kept)

@@ -28,7 +28,9 @@ def logits_objective(
     None where the gradient cannot be formed in the forward: it is not wanted, the coefficients need
     other rows, or the objective has no device function. Then: log-probs, objective, backward.
     """
-    wanted = torch.is_grad_enabled() and logits.requires_grad
+    # float16 would flush small coefficients to 0 before a loss scale could lift them: there, the
+    # backward is another launch, which multiplies by the incoming gradient in float32.
+    wanted = torch.is_grad_enabled() and logits.requires_grad and logits.dtype != torch.float16
     checks.require(
         not inplace or problem.token_level or not wanted,
         lambda: (
@@ -53,9 +55,13 @@ def logits_objective(
     )
 
 
+def _of_a_leaf(x: Tensor) -> bool:
+    return x.is_leaf or (x._is_view() and x._base.is_leaf)
+
+
 def _check_inplace(logits: Tensor) -> None:
     checks.require(
-        not logits.is_leaf and logits.is_contiguous(),
+        not _of_a_leaf(logits) and logits.is_contiguous(),
         "inplace=True overwrites logits: they must be contiguous, and the result of a computation "
         "rather than a leaf",
     )

@@ -44,7 +44,8 @@ class SoftmaxBlock:
         return block
 
     def _minus_p_log_p(self) -> Tensor:
-        return torch.special.entr(self._exp / self.row_sum[:, None])
+        p = self._exp / self.row_sum[:, None]
+        return torch.special.entr(p, out=p)
 
     def keep(self, index: Tensor) -> None:
         """Forget all rows but those in ``index``."""

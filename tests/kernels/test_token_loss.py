@@ -198,6 +198,7 @@ def test_inplace_is_noticed_by_whoever_needs_the_logits(batch):
     [
         (hl.DPO(), lambda x: x * 1, "needs a token-level objective"),
         (hl.SFT(), lambda x: x, "rather than a leaf"),
+        (hl.SFT(), lambda x: x.view(x.shape), "rather than a leaf"),
         (hl.SFT(), lambda x: (x * 1)[:, :, ::2], "must be contiguous"),
     ],
 )
@@ -206,3 +207,74 @@ def test_inplace_where_it_cannot_be(batch, objective, make, message):
     x = make(logits.contiguous().requires_grad_())
     with pytest.raises(ValueError, match=message):
         objective.from_logits(x, labels.clamp(max=9), ref_logps, inplace=True)
+
+
+@pytest.mark.parametrize(
+    "advantages",
+    [
+        torch.tensor([1.5]),
+        torch.tensor(1.5).expand(1, 40),
+        torch.arange(80.0).view(1, 40, 2)[..., 0],
+    ],
+    ids=["one sequence", "expanded", "strided"],
+)
+def test_row_values_may_be_views(advantages, device):
+    logits = torch.randn(1, 40, 50, device=device)
+    labels = torch.randint(0, 50, (1, 40, 3), device=device)[..., 1]
+    ref_logps = (
+        hl.token_logps(logits, labels, backend="torch").unsqueeze(-1).expand(1, 40, 2)[..., 0]
+    )
+    temperature = torch.tensor([[0.5]], device=device).expand(1, 40)
+    results = [
+        run(
+            hl.PPO(),
+            backend,
+            logits,
+            labels,
+            ref_logps,
+            advantages=advantages.to(device),
+            temperature=temperature,
+        )
+        for backend in ("torch", "triton")
+    ]
+    torch.testing.assert_close(results[1][0], results[0][0])
+    torch.testing.assert_close(results[1][1], results[0][1], atol=1e-7, rtol=1e-4)
+
+
+def test_log_probs_of_strided_labels_and_expanded_temperature(device):
+    logits = torch.randn(40, 50, device=device)
+    labels = torch.randint(0, 50, (40, 2), device=device)[:, 0]
+    temperature = torch.tensor(0.5, device=device).expand(40)
+    by_torch, by_kernel = (
+        hl.token_logps(logits, labels, temperature, backend=backend)
+        for backend in ("torch", "triton")
+    )
+    torch.testing.assert_close(by_kernel, by_torch)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_float16_gradients_meet_the_loss_scale_in_float32(backend, device):
+    """1/tokens alone would flush most of the gradient to zero before the scale lifts it."""
+    logits = torch.randn(1, 8, 500, device=device).half().requires_grad_()
+    labels = torch.randint(0, 500, (1, 8), device=device)
+    grads = []
+    for x in (logits, logits.detach().double().requires_grad_()):
+        chosen = backend if x is logits else "torch"
+        loss, _ = hl.SFT().from_logits(x, labels, num_items_in_batch=2**20, backend=chosen)
+        grads.append(torch.autograd.grad(loss * 2**20, x)[0])
+    torch.testing.assert_close(grads[0].double(), grads[1], rtol=2e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", ["log-ratio", "penalty"])
+def test_an_absurd_log_ratio_is_the_same_in_the_kernel(kind, device):
+    logits = torch.randn(1, 3, 50, device=device)
+    labels = torch.randint(0, 50, (1, 3), device=device)
+    ref_logps = torch.tensor([[-200.0, -3.0, 200.0]], device=device)
+    objective = hl.GRPO() if kind == "log-ratio" else hl.GRPO(beta=1e-36)
+    advantages = torch.tensor([1.0], device=device)
+    results = [
+        run(objective, backend, logits, labels, ref_logps, advantages=advantages)
+        for backend in ("torch", "triton")
+    ]
+    assert results[1][1].isfinite().all()
+    torch.testing.assert_close(results[1][1], results[0][1], atol=1e-7, rtol=1e-3)

@@ -213,3 +213,59 @@ def test_empty_sequences_do_not_enter_the_extremes_of_clipping():
     )
     assert not DATA.mask[2].any()
     assert stats["clip_ratio/low_min"] == 1 and stats["clip_ratio/high_max"] == 0
+
+
+@pytest.mark.parametrize("loss_type", ["cispo", "vespo"])
+@pytest.mark.parametrize(
+    "perception",
+    [hl.Clip(-0.3, 0.2), hl.BetaRejection(0.3, 0.3, seed=2), hl.ProspectWeight()],
+    ids=lambda p: type(p).__name__,
+)
+def test_losses_on_the_log_prob_itself_follow_the_perceptions_gradient(loss_type, perception):
+    """Their coefficient is ``−weight(c)·A·dc/dd``: detached weights do not carry the rule."""
+    torch.manual_seed(0)
+    d = torch.randn(3, 5, dtype=torch.float64) * 0.5
+    mask = torch.ones(3, 5, dtype=torch.bool)
+    ref_logps = torch.full_like(d, -2.0)
+    advantages = torch.tensor([1.0, -1.0, 0.5], dtype=torch.float64)
+
+    def coefficients(log_ratio, perception):
+        logps = (ref_logps + log_ratio).requires_grad_()
+        loss, stats = hl.GRPO(
+            loss_type=loss_type, epsilon_high=1.4, perception=perception
+        ).from_logps(logps, ref_logps, mask, advantages=advantages)
+        (grad,) = torch.autograd.grad(loss, logps)
+        assert stats["humanline/active_rows"] == (grad != 0).sum()
+        return grad
+
+    flat = d.reshape(-1).clone().requires_grad_()
+    c, _ = perception.perceive(flat, mask.reshape(-1))
+    (slope,) = torch.autograd.grad(c.sum(), flat)
+    expected = coefficients(c.detach().view_as(d), hl.Identity()) * slope.view_as(d)
+    torch.testing.assert_close(coefficients(d, perception), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("d", [-120.0, 120.0, 800.0])
+@pytest.mark.parametrize("advantage", [1.0, 0.0, -1.0])
+@pytest.mark.parametrize(
+    "objective",
+    [
+        hl.GRPO(),
+        hl.GRPO(delta=2.0),
+        hl.GRPO(loss_type="sapo"),
+        hl.GRPO(loss_type="cispo", epsilon_high=5.0),
+        hl.GRPO(beta=0.1),
+        hl.PPO(beta=0.1),
+    ],
+    ids=str,
+)
+def test_an_absurd_log_ratio_does_not_spoil_the_batch(objective, advantage, d):
+    logps = torch.tensor([[-2.0, -2.0]], requires_grad=True)
+    ref_logps = torch.tensor([[-2.0 - d, -2.1]])
+    loss, _ = objective.from_logps(
+        logps, ref_logps, torch.ones(1, 2), advantages=torch.tensor([advantage])
+    )
+    (grad,) = torch.autograd.grad(loss, logps)
+    assert loss.isfinite() and grad.isfinite().all()
+    if d > 0 and advantage > 0 and objective == hl.GRPO():
+        assert grad[0, 0] == 0  # clipped by the surrogate

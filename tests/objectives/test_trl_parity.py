@@ -405,8 +405,9 @@ def test_grpos_further_parameters_equal_trls(options):
     check_grpo(level="token", **options)
 
 
+# The gradient of cispo and vespo goes through the log-prob, past the reference: see test_formulas.
 @LEVELS
-@LOSS_TYPES
+@pytest.mark.parametrize("loss_type", [x for x in GRPO_LOSSES if x not in ("cispo", "vespo")])
 @pytest.mark.parametrize("perception", SHIFTED.values(), ids=SHIFTED)
 def test_perceiving_grpo_equals_trl_with_the_perceived_reference(loss_type, level, perception):
     check_grpo(loss_type, level, perception=perception, epsilon=0.4, epsilon_high=2.0)

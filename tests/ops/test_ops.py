@@ -196,3 +196,23 @@ def test_opcheck_of_the_one_launch_op():
     checks = ("test_schema", "test_faketensor")  # it is called inside an autograd function
     result = torch.library.opcheck(_token_loss, arguments, options, test_utils=checks)
     assert set(result.values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_rows_that_all_drop_out(dtype):
+    hidden = torch.randn(2, 5, H).to(dtype).requires_grad_()
+    weight = torch.randn(V, H).to(dtype).requires_grad_()
+    labels = torch.randint(0, V, (2, 5))
+    loss, stats = hl.GRPO().from_hidden(hidden, weight, labels, advantages=torch.zeros(2))
+    loss.backward()
+    assert stats["humanline/active_rows"] == 0
+    assert (hidden.grad == 0).all() and (weight.grad == 0).all()
+
+
+def test_an_overflowing_row_without_a_coefficient_does_not_spread_with_a_frozen_head():
+    hidden = torch.randn(1, 2, H)
+    hidden[0, 0] = 3e38
+    hidden.requires_grad_()
+    logps = hl.linear_token_logps(hidden, torch.randn(V, H), torch.zeros(1, 2, dtype=torch.long))
+    logps[0, 1].backward()
+    assert (hidden.grad[0, 0] == 0).all() and hidden.grad.isfinite().all()
