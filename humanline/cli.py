@@ -86,6 +86,8 @@ def _train(options: dict[str, Any], argv: list[str]) -> int:
 
     output_dir = options.pop("output_dir")
     resume, overwrite = options.pop("resume"), options.pop("overwrite")
+    if output_dir == "":
+        raise UserError("--output-dir must name a folder, got ''")
     if resume and overwrite:
         raise UserError("--resume and --overwrite exclude each other")
     try:

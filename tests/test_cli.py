@@ -74,6 +74,11 @@ def test_every_option_is_on_the_command_line(capsys):
         (["--data", "gone.jsonl"], "gone.jsonl does not exist"),
         (["--data", "data.csv"], "unknown extension '.csv'"),
         (["--model", "gone"], "--model must be a local folder, and gone is not one"),
+        (["--reward-threshold", "nan"], "--reward-threshold must be finite, got nan"),
+        (["--seed", str(2**63)], "--seed must be less than 2**63"),
+        (["--output-dir", ""], "--output-dir must name a folder"),
+        (["--output-dir", "x" * 300], "File name too long"),
+        (["--data", "x" * 300 + ".jsonl"], "File name too long"),
         (["--resume"], "there is no run to resume in"),
         (["--resume", "--overwrite"], "--resume and --overwrite exclude each other"),
         (

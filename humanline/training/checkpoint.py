@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 
 from humanline.training.errors import UserError
 
-_PREFIX, _STATE = "checkpoint-", "state.pt"
+PREFIX, _STATE = "checkpoint-", "state.pt"
 
 
 @contextmanager
@@ -70,7 +70,7 @@ def _reason(error: BaseException) -> str:
 
 def save(output: Path, step: int, state: dict[str, Any]) -> None:
     """Write ``checkpoint-<step>``, then remove those before it."""
-    folder = output / f"{_PREFIX}{step}"
+    folder = output / f"{PREFIX}{step}"
     if folder.exists():
         return
     previous = _steps(output)
@@ -78,10 +78,15 @@ def save(output: Path, step: int, state: dict[str, Any]) -> None:
         with atomic_folder(folder) as partial, (partial / _STATE).open("wb") as file:
             torch.save(state, file)
     except UserError as error:
-        kept = f"{_PREFIX}{max(previous)} is whole" if previous else "there is none before it"
+        kept = f"{PREFIX}{max(previous)} is whole" if previous else "there is none before it"
         raise UserError(f"{error}; {kept}") from error
     for other in previous:
-        shutil.rmtree(output / f"{_PREFIX}{other}", ignore_errors=True)
+        shutil.rmtree(output / f"{PREFIX}{other}", ignore_errors=True)
+
+
+def last_step(output: Path) -> int:
+    """The steps done at the last checkpoint; 0 if there is none."""
+    return max(_steps(output), default=0)
 
 
 def load_latest(output: Path, device: torch.device) -> dict[str, Any] | None:
@@ -89,7 +94,7 @@ def load_latest(output: Path, device: torch.device) -> dict[str, Any] | None:
     steps = _steps(output)
     if not steps:
         return None
-    path = output / f"{_PREFIX}{max(steps)}" / _STATE
+    path = output / f"{PREFIX}{max(steps)}" / _STATE
     try:
         return torch.load(path, map_location=device, weights_only=True)
     except Exception as error:
@@ -99,15 +104,15 @@ def load_latest(output: Path, device: torch.device) -> dict[str, Any] | None:
 def remove_all(output: Path) -> None:
     """A finished run needs none."""
     for step in _steps(output):
-        shutil.rmtree(output / f"{_PREFIX}{step}", ignore_errors=True)
+        shutil.rmtree(output / f"{PREFIX}{step}", ignore_errors=True)
 
 
 def remove_partial(output: Path) -> None:
     """What a killed run left half-written."""
-    for path in output.glob(f".{_PREFIX}*"):
+    for path in output.glob(f".{PREFIX}*"):
         shutil.rmtree(path, ignore_errors=True)
 
 
 def _steps(output: Path) -> list[int]:
-    names = (path.name.removeprefix(_PREFIX) for path in output.glob(f"{_PREFIX}*"))
+    names = (path.name.removeprefix(PREFIX) for path in output.glob(f"{PREFIX}*"))
     return sorted(int(name) for name in names if name.isdigit())

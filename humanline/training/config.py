@@ -1,6 +1,7 @@
 """The configuration of a training run: every option, its default, its check."""
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -77,7 +78,7 @@ class TrainConfig:
         None, str, ".jsonl or .parquet in TRL's columns; left out: the arithmetic set"
     )
     heldout: str | None = _option(
-        None, str, "file of prompt and answer rows to measure accuracy on before and after"
+        None, str, "file of prompts with numeric answers to measure accuracy on before and after"
     )
     heldout_fraction: float = _option(
         0.1, float, "without answers: the share of the data held out to measure preference accuracy"
@@ -117,7 +118,7 @@ class TrainConfig:
     bf16: bool = _option(False, bool, "compute in bfloat16 (autocast), whatever the weights are")
     gradient_checkpointing: bool = _option(False, bool, "recompute activations to save memory")
 
-    save_steps: int = _option(100, int, "steps between checkpoints to resume from; 0: none")
+    save_steps: int = _option(20, int, "steps between checkpoints to resume from; 0: none")
     eval_limit: int | None = _option(None, int, "measure on this many held-out rows at most")
     per_device_eval_batch_size: int = _option(32, int, "prompts generated from at once")
     max_new_tokens: int = _option(32, int, "longest answer generated")
@@ -146,6 +147,10 @@ class TrainConfig:
             "max_new_tokens",
         ):
             _require(getattr(self, name) >= 1, self, name, "at least 1")
+        _require(self.seed < 2**63, self, "seed", "less than 2**63")
+        threshold = self.reward_threshold
+        finite = threshold is None or math.isfinite(threshold)
+        _require(finite, self, "reward_threshold", "finite")
         _require(self.max_length >= 2, self, "max_length", "at least 2")
         for name in ("learning_rate", "max_grad_norm", "lora_alpha"):
             _require(0 < getattr(self, name) < float("inf"), self, name, "positive and finite")
@@ -156,6 +161,11 @@ class TrainConfig:
         _require(self.reference in REFERENCES, self, "reference", f"one of {', '.join(REFERENCES)}")
         if self.reference == "lookahead":
             _require(self.sync_every > 0, self, "sync_every", "positive with --reference lookahead")
+        if self.dtype == "float16" and not self.lora:
+            raise UserError(
+                "--dtype float16: weights would be trained in float16, whose Adam moments "
+                "underflow; use --bf16, or --lora"
+            )
         if self.objective != "grpo":
             _require(self.beta > 0, self, "beta", f"positive for {self.objective}")
         if self.objective == "kto":
@@ -191,7 +201,7 @@ def resumed(stored: dict[str, Any], given: dict[str, Any]) -> TrainConfig:
         UserError: an option that is not free differs; all such are named.
     """
     free = set(FREE)
-    if stored["reference"] == "lookahead" and stored["sync_every"] > 1:
+    if stored.get("reference") == "lookahead" and stored.get("sync_every") != 1:
         free.remove("max_steps")  # between syncs, no further step has been looked ahead to
     differing = [
         f"{flag(name)} (was {stored.get(name)!r}, now {value!r})"
@@ -202,7 +212,10 @@ def resumed(stored: dict[str, Any], given: dict[str, Any]) -> TrainConfig:
         raise UserError(
             f"--resume continues the same run, but these options differ: {', '.join(differing)}"
         )
-    return TrainConfig(**stored | given)
+    try:
+        return TrainConfig(**stored | given)
+    except TypeError as error:
+        raise UserError(f"config.json is not of this version's runs: {error}") from error
 
 
 def _require(condition: bool, config: TrainConfig, name: str, expected: str) -> None:

@@ -11,6 +11,7 @@
 Prompts and completions are strings, or lists of chat messages.
 """
 
+import codecs
 import hashlib
 import json
 import math
@@ -25,6 +26,9 @@ DATA = Path(__file__).parent / "data"
 DEFAULT_TRAIN, DEFAULT_HELDOUT = DATA / "train.jsonl", DATA / "heldout.jsonl"
 
 Text = str | list[dict[str, str]]
+
+#: Squares of larger rewards would overflow.
+MAX_REWARD = 1e100
 
 #: Columns of each layout, and the kind of example they make.
 LAYOUTS = {
@@ -77,6 +81,9 @@ def read_examples(path: Path) -> Dataset:
     for where, row in read_rows(path):
         layout = layout or _layout_of(row, path)
         examples.append(_example(layout, row, where))
+        first, last = examples[0].prompt, examples[-1].prompt
+        if isinstance(first, str) != isinstance(last, str):
+            raise UserError(f"{where}: strings and lists of messages are mixed in one file")
     return Dataset(LAYOUTS[layout], examples)
 
 
@@ -90,10 +97,19 @@ def read_questions(path: Path) -> list[Question]:
     for where, row in read_rows(path):
         _require_columns(row, ("prompt", "answer"), where)
         answer = row["answer"]
-        if isinstance(answer, bool) or not isinstance(answer, str | int | float):
-            raise UserError(f"{where}: answer must be a string or a number, got {_brief(answer)}")
+        if not _is_numeric(answer):
+            raise UserError(f"{where}: answer must be a number, got {_brief(answer)}")
         questions.append(Question(_text(row["prompt"], "prompt", where), str(answer), where))
     return questions
+
+
+def _is_numeric(answer: Any) -> bool:
+    if isinstance(answer, bool) or not isinstance(answer, str | int | float):
+        return False
+    try:
+        return math.isfinite(float(str(answer)))
+    except ValueError:
+        return False
 
 
 def fingerprint(path: Path) -> str:
@@ -128,17 +144,29 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             where = f"{path}, line {number}"
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line.decode("utf-8"))
-            except UnicodeDecodeError as error:
-                raise UserError(f"{where}: not UTF-8 ({error.reason})") from error
-            except ValueError as error:
-                raise UserError(f"{where}: not JSON ({error})") from error
-            if not isinstance(row, dict):
-                raise UserError(f"{where}: must be a JSON object, got {_brief(row)}")
-            yield where, row
+            line = (line.removeprefix(codecs.BOM_UTF8) if number == 1 else line).strip()
+            if line:
+                yield where, _parsed(line, where)
+
+
+def _parsed(line: bytes, where: str) -> dict[str, Any]:
+    if line.startswith(b"["):
+        raise UserError(f"{where}: starts a list; one JSON object per line is expected")
+    try:
+        row = json.loads(line.decode("utf-8"))
+        if b"\\u" in line:
+            json.dumps(row, ensure_ascii=False).encode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: not UTF-8 ({error.reason})") from error
+    except UnicodeEncodeError as error:
+        raise UserError(f"{where}: not text (half of a surrogate pair)") from error
+    except RecursionError as error:
+        raise UserError(f"{where}: nested too deeply") from error
+    except ValueError as error:
+        raise UserError(f"{where}: not JSON ({error})") from error
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: must be a JSON object, got {_brief(row)}")
+    return row
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -212,15 +240,21 @@ def _group(row: dict[str, Any], where: str) -> tuple[list, list[float]]:
 
 
 def _label(row: dict[str, Any], where: str) -> float:
-    if not isinstance(row["label"], bool):
+    if not isinstance(row["label"], int) or row["label"] not in (0, 1):
         raise UserError(f"{where}: label must be true or false, got {_brief(row['label'])}")
     return float(row["label"])
 
 
 def _reward(value: Any, where: str) -> float:
-    if not isinstance(value, int | float) or not math.isfinite(value):
-        raise UserError(f"{where}: a reward must be a finite number, got {_brief(value)}")
-    return float(value)
+    try:
+        reward = float(value) if isinstance(value, int | float) else math.nan
+    except OverflowError:
+        reward = math.inf
+    if not abs(reward) < MAX_REWARD:
+        raise UserError(
+            f"{where}: a reward must be a finite number (below 1e100), got {_brief(value)}"
+        )
+    return reward
 
 
 def _text(value: Any, name: str, where: str) -> Text:

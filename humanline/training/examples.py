@@ -201,6 +201,10 @@ class Tokenizer:
     Args:
         tokenizer: one of transformers'.
         folder: where it came from, for messages.
+
+    Attributes:
+        largest_id, longest, longest_prompt: of all that was tokenized so far; the last is that of
+            prompts to generate from.
     """
 
     def __init__(self, tokenizer: Any, folder: Any):
@@ -209,10 +213,13 @@ class Tokenizer:
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
         self.tokenizer, self.folder = tokenizer, folder
+        self.largest_id, self.longest, self.longest_prompt = tokenizer.pad_token_id, 0, 0
 
     def prompt(self, prompt: Text, where: str) -> list[int]:
         """Token ids of a prompt to generate from."""
-        return self._ids([self._prompt_text(prompt, where)], not isinstance(prompt, str))[0]
+        ids = self._ids([self._prompt_text(prompt, where)], not isinstance(prompt, str))[0]
+        self.longest_prompt = max(self.longest_prompt, len(ids))
+        return ids
 
     def sequences(self, chosen: list[Chosen]) -> list[Tokens]:
         """Token ids of prompts with one of their completions each."""
@@ -232,6 +239,7 @@ class Tokenizer:
             else:  # a token across the border, which no model would generate after this prompt
                 completion = self._ids([text], True)[0]
             result.append(Tokens(prompt, completion))
+            self.longest = max(self.longest, len(prompt) + len(completion))
         return result
 
     def _prompt_text(self, prompt: Text, where: str) -> str:
@@ -265,7 +273,9 @@ class Tokenizer:
 
     def _ids(self, texts: list[str], chat: bool) -> list[list[int]]:
         # A chat template writes the special tokens itself.
-        return self.tokenizer(texts, add_special_tokens=not chat)["input_ids"]
+        rows = self.tokenizer(texts, add_special_tokens=not chat)["input_ids"]
+        self.largest_id = max(self.largest_id, *(max(row, default=0) for row in rows))
+        return rows
 
 
 # Units

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
@@ -174,6 +175,32 @@ def check_parts(model: nn.Module) -> None:
             )
 
 
+def check_fits(model: nn.Module, tokenizer: Tokenizer, config: TrainConfig) -> None:
+    """The model has an embedding for every token in use, and for every position if it learned them.
+
+    Raises:
+        UserError: it has not.
+    """
+    embeddings = model.get_input_embeddings()
+    rows = embeddings.weight.shape[0]
+    if tokenizer.largest_id >= rows:
+        raise UserError(
+            f"the tokenizer in {tokenizer.folder} gives token id {tokenizer.largest_id}, but the "
+            f"model has embeddings for {rows} tokens"
+        )
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    others = [m for m in model.modules() if isinstance(m, nn.Embedding) and m is not embeddings]
+    if limit is None or not any(limit <= m.num_embeddings <= limit + 2 for m in others):
+        return  # OPT adds 2 rows; positions that are not learned have no end
+    if min(tokenizer.longest, config.max_length) > limit:
+        raise UserError(f"the model has {limit} positions; pass --max-length {limit}")
+    if tokenizer.longest_prompt and tokenizer.longest_prompt + config.max_new_tokens > limit:
+        raise UserError(
+            f"the model has {limit} positions; a held-out prompt of {tokenizer.longest_prompt} "
+            f"tokens leaves too few for --max-new-tokens {config.max_new_tokens}"
+        )
+
+
 def device_of(model: nn.Module) -> torch.device:
     """Where the model's weights are."""
     return next(model.parameters()).device
@@ -212,7 +239,7 @@ def load_model(folder: Path, config: TrainConfig, device: torch.device) -> nn.Mo
     dtype = getattr(torch, config.dtype)
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{folder} has no model that can be loaded: {_line(error)}") from error
     model = model.to(device)
     if config.lora:
@@ -228,11 +255,16 @@ def _with_lora(model: nn.Module, config: TrainConfig) -> nn.Module:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise UserError("--lora needs peft: pip install 'humanline[train]'") from error
-    targets = config.lora_target_modules
+    targets = config.lora_target_modules.strip()
+    names = [name.strip() for name in targets.split(",")]
+    modules = [name for name, _ in model.named_modules()]
+    for name in names if targets != "all-linear" else []:
+        if not any(m == name or m.endswith(f".{name}") for m in modules):
+            raise UserError(f"--lora-target-modules: the model has no module called {name!r}")
     lora = LoraConfig(
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
-        target_modules=targets if targets == "all-linear" else targets.split(","),
+        target_modules=targets if targets == "all-linear" else names,
         task_type="CAUSAL_LM",
     )
     try:

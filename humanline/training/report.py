@@ -86,6 +86,17 @@ def write_atomically(path: Path, text: str) -> None:
         raise
 
 
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The object in a file; None if there is no such file, or something else in it."""
+    if not path.is_file():
+        return None
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
 def write_json(path: Path, value: Any) -> None:
     write_atomically(path, json.dumps(value, indent=2) + "\n")
 

@@ -1,7 +1,7 @@
 """A training run from its options to its summary."""
 
-import json
 import math
+import shlex
 import shutil
 import signal
 import sys
@@ -18,9 +18,9 @@ from torch import nn
 
 from humanline.reference import REFERENCES
 from humanline.training import checkpoint, data, evaluate, examples, report, score
-from humanline.training.config import TrainConfig, resumed
+from humanline.training.config import TrainConfig, flag, resumed
 from humanline.training.errors import UserError
-from humanline.training.model import load_model, load_tokenizer, model_folder, moved
+from humanline.training.model import check_fits, load_model, load_tokenizer, model_folder, moved
 
 CONFIG, BEFORE, MODEL, ADAPTER = "config.json", "before.json", "model", "adapter"
 
@@ -52,24 +52,27 @@ def train(
         UserError: something about options, data, model or disk does not allow to go on.
         Interrupted: the user asked to stop; the run is saved.
     """
-    config, output = _configure(options, output, resume)
-    _check_output(output, resume, overwrite)
-    device = pick_device(config)
-    objective = score.make_objective(config)
-    dataset, questions, hashes = _read_data(config)
-    folder = model_folder(config)
-    tokenizer = load_tokenizer(folder)
-    groups, measure = _prepare(dataset, questions, tokenizer, config)
     try:
-        _start(output, config, hashes, resume, overwrite)
+        config, output = _configure(options, output, resume)
+        _check_output(output, config, resume, overwrite)
+        _warn(config)
+        device = pick_device(config)
+        objective = score.make_objective(config)
+        dataset, questions, hashes = _read_data(config)
+        folder = model_folder(config)
+        tokenizer = load_tokenizer(folder)
+        groups, measure = _prepare(dataset, questions, tokenizer, config)
         torch.manual_seed(config.seed)
         policy = load_model(folder, config, device)
+        check_fits(policy, tokenizer, config)
+        _start(output, config, hashes, resume, overwrite)  # whatever could fail before, did
         before = _measure_before(output, measure, policy)
         pad = tokenizer.tokenizer.pad_token_id
         metrics = _loop(config, output, objective, policy, groups, pad)
         return _finish(config, output, folder, policy, tokenizer, measure, before, metrics)
     except OSError as error:
-        raise UserError(f"cannot write into {output}: {error.strerror or error}") from error
+        where = error.filename or f"cannot write into {output}"
+        raise UserError(f"{where}: {error.strerror or error}") from error
 
 
 # Before the first step
@@ -82,15 +85,35 @@ def _configure(
         config = TrainConfig(**options)
         output = output or Path("runs") / f"{config.objective}-{config.perception}"
     if resume:
-        if not (output / CONFIG).is_file():
+        stored = _stored(output)
+        if stored is None:
             raise UserError(f"there is no run to resume in {output}")
         if (output / report.SUMMARY).exists():
             raise UserError(f"the run in {output} is finished; there is nothing to resume")
-        config = resumed(json.loads((output / CONFIG).read_text())["options"], options)
+        config = resumed(stored["options"], options)
+        done = checkpoint.last_step(output)
+        if done > config.max_steps:
+            raise UserError(f"--max-steps {config.max_steps}, but {done} steps are already done")
     return config, output
 
 
-def _check_output(output: Path, resume: bool, overwrite: bool) -> None:
+def _warn(config: TrainConfig) -> None:
+    if config.dtype == "bfloat16" and not config.lora:
+        print(
+            "humanline: warning: with bfloat16 weights, most updates of the size of "
+            f"--learning-rate {config.learning_rate} round away; use --bf16",
+            file=sys.stderr,
+        )
+
+
+def _stored(output: Path) -> dict[str, Any] | None:
+    """What a run's config.json holds; None if it is not there, or not a run's."""
+    stored = report.read_json(output / CONFIG)
+    parts = [stored.get(name) for name in ("options", "sha256")] if stored else [None]
+    return stored if all(isinstance(part, dict) for part in parts) else None
+
+
+def _check_output(output: Path, config: TrainConfig, resume: bool, overwrite: bool) -> None:
     if resume or not output.exists():
         return
     if not output.is_dir():
@@ -102,8 +125,12 @@ def _check_output(output: Path, resume: bool, overwrite: bool) -> None:
             f"{output} is not empty: pass --resume to go on with its run, --overwrite to replace "
             "it, or another --output-dir"
         )
-    if not (output / CONFIG).exists():
+    if _stored(output) is None:
         raise UserError(f"{output} holds something else than a run: it will not be overwritten")
+    for name in ("model", "data", "heldout"):
+        path = getattr(config, name)
+        if path is not None and Path(path).resolve().is_relative_to(output.resolve()):
+            raise UserError(f"{flag(name)} {path} is in {output}: --overwrite would remove it")
 
 
 def _start(
@@ -111,7 +138,7 @@ def _start(
 ) -> None:
     """Make the output folder, or check that it holds the same run on the same data."""
     if resume:
-        stored = json.loads((output / CONFIG).read_text())["sha256"]
+        stored = (_stored(output) or {"sha256": {}})["sha256"]
         changed = [name for name in hashes if stored.get(name) != hashes[name]]
         if changed:
             raise UserError(
@@ -120,9 +147,20 @@ def _start(
         checkpoint.remove_partial(output)
         shutil.rmtree(output / (ADAPTER if config.lora else MODEL), ignore_errors=True)
     elif overwrite:
-        shutil.rmtree(output, ignore_errors=True)
+        _remove_run(output)
     output.mkdir(parents=True, exist_ok=True)
     report.write_json(output / CONFIG, {"options": config.as_dict(), "sha256": hashes})
+
+
+def _remove_run(output: Path) -> None:
+    """Remove what a run writes and nothing else; last what tells that it is a run."""
+    written = [*output.glob(f"{checkpoint.PREFIX}*"), *output.glob(f".{checkpoint.PREFIX}*")]
+    names = (MODEL, ADAPTER, report.METRICS, report.CURVES, report.SUMMARY, BEFORE, CONFIG)
+    for path in [*written, *(output / name for name in names)]:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def pick_device(config: TrainConfig) -> torch.device:
@@ -163,10 +201,10 @@ def _prepare(dataset, questions, tokenizer, config):
     elif questions is not None:
         measure = evaluate.answers(questions[: config.eval_limit], tokenizer, config)
     elif config.heldout_fraction > 0:
-        dataset, heldout = examples.split(dataset, config.heldout_fraction, config.seed)
+        kept, heldout = examples.split(dataset, config.heldout_fraction, config.seed)
         pairs = examples.heldout_pairs(heldout, tokenizer, config)[: config.eval_limit]
         if pairs:
-            measure = evaluate.preferences(pairs, pad, config)
+            dataset, measure = kept, evaluate.preferences(pairs, pad, config)
         else:
             print("humanline: too little data to hold any pair out", file=sys.stderr)
     groups, notes = examples.make_units(dataset, tokenizer, config)
@@ -176,6 +214,8 @@ def _prepare(dataset, questions, tokenizer, config):
                 f"humanline: warning: {number} examples {note} (--max-length {config.max_length})",
                 file=sys.stderr,
             )
+    if config.objective == "kto" and len({u.value for group in groups for u in group}) == 1:
+        print("humanline: warning: all labels are the same: nothing to contrast", file=sys.stderr)
     return groups, measure
 
 
@@ -185,7 +225,10 @@ def _measure_before(output: Path, measure: evaluate.Measure | None, policy: nn.M
         return None
     if not path.exists():
         report.write_json(path, measure(policy, None))
-    return json.loads(path.read_text())
+    before = report.read_json(path)
+    if before is None or not {"measured", "accuracy"} <= before.keys():
+        raise UserError(f"{path} is not what a run writes; remove it to measure again")
+    return before
 
 
 # The loop
@@ -245,7 +288,7 @@ def _loop(
             if stop() and not last:
                 raise Interrupted(
                     f"stopped and saved after {done} of {config.max_steps} steps; go on with: "
-                    f"humanline train --output-dir {output} --resume"
+                    f"humanline train --output-dir {shlex.quote(str(output))} --resume"
                 )
             begun = time.perf_counter()  # saving is not training
     return metrics.rows

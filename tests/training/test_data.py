@@ -233,15 +233,21 @@ def test_holding_out_keeps_prompts_apart(tmp_path):
         (PAIRS | {"prompt": 3}, "line 1: prompt must be a string or a list of messages, got 3"),
         (PAIRS | {"prompt": [{"role": "user"}]}, "line 1: prompt must hold messages such as"),
         (PAIRS | {"chosen": "3"}, "line 1: prompt and chosen must both be strings or both"),
-        (LABEL | {"label": 1}, "line 1: label must be true or false, got 1"),
+        (LABEL | {"label": 2}, "line 1: label must be true or false, got 2"),
         (GROUP | {"rewards": [1.0]}, "line 1: 3 completions, but 1 rewards"),
         (GROUP | {"rewards": []}, "line 1: rewards must be a non-empty list"),
         (GROUP | {"completions": "3"}, "line 1: completions must be a non-empty list, got '3'"),
         (GROUP | {"completions": [[], [], []]}, r"line 1: completions\[0\] is empty"),
-        (GROUP | {"rewards": [1, None, 0]}, "line 1: a reward must be a finite number, got None"),
-        (REWARD | {"reward": float("nan")}, "line 1: a reward must be a finite number, got nan"),
+        (
+            GROUP | {"rewards": [1, None, 0]},
+            "line 1: a reward must be a finite number .*, got None",
+        ),
+        (REWARD | {"reward": float("nan")}, "line 1: a reward must be a finite number .*, got nan"),
         (WHOLE | {"chosen": "text"}, "line 1: without a prompt, chosen and rejected must be lists"),
-        ([1], r"line 1: must be a JSON object, got \[1\]"),
+        ([1], "line 1: starts a list; one JSON object per line is expected"),
+        (REWARD | {"reward": 10**400}, "line 1: a reward must be a finite number .*, got 1000"),
+        (REWARD | {"reward": 1e308}, "line 1: a reward must be a finite number .*, got 1e"),
+        (STRINGS | {"chosen": "\ud800"}, "line 1: not text"),
     ],
 )
 def test_a_bad_row_is_named(row, expected, tmp_path):
@@ -256,6 +262,7 @@ def test_a_bad_row_is_named(row, expected, tmp_path):
         ("d.jsonl", b"\n\n", "is empty"),
         ("d.jsonl", json.dumps(LABEL).encode() + b'\n{"prompt": ', r"line 2: not JSON \("),
         ("d.jsonl", b'{"prompt": "\xff"}', "line 1: not UTF-8"),
+        ("d.jsonl", b'{"a": ' * 100_000, "line 1: nested too deeply"),
         ("d.csv", b"", "unknown extension '.csv'; known: .jsonl, .parquet"),
         ("d.parquet", b"nonsense", "not a parquet file"),
     ],
@@ -284,7 +291,30 @@ def test_held_out_questions(tmp_path):
     with pytest.raises(UserError, match=r"line 1: columns found: prompt; .*missing: answer"):
         data.read_questions(path)
     write_jsonl(path, [{"prompt": chat("1 + 2 ="), "answer": None}])
-    with pytest.raises(UserError, match="line 1: answer must be a string or a number, got None"):
+    with pytest.raises(UserError, match="line 1: answer must be a number, got None"):
+        data.read_questions(path)
+
+
+def test_strings_and_chats_in_one_file(tmp_path):
+    with pytest.raises(UserError, match="line 2: strings and lists of messages are mixed"):
+        dataset(tmp_path, PAIRS, STRINGS)
+
+
+def test_labels_may_be_0_and_1(tmp_path):
+    read = dataset(tmp_path, LABEL | {"label": 0}, LABEL | {"label": 1})
+    assert [e.rewards for e in read.examples] == [(0.0,), (1.0,)]
+
+
+def test_a_byte_order_mark_is_skipped(tmp_path):
+    path = tmp_path / "d.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps(LABEL).encode())
+    assert len(data.read_examples(path).examples) == 1
+
+
+@pytest.mark.parametrize("answer", ["Paris", "1,000", "nan", True])
+def test_answers_that_are_no_numbers(answer, tmp_path):
+    path = write_jsonl(tmp_path / "q.jsonl", [{"prompt": "1 + 2 =", "answer": answer}])
+    with pytest.raises(UserError, match=r"q\.jsonl, line 1: answer must be a number, got"):
         data.read_questions(path)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from toy import toy_rows, without_timing, write_jsonl
+from toy import make_model_folder, toy_rows, without_timing, write_jsonl
 
 from humanline.training import checkpoint, run
 from humanline.training.config import OBJECTIVES, REFERENCES
@@ -119,11 +119,11 @@ def same_weights(a, b):
 
 
 def test_ctrl_c_finishes_the_step_and_saves(options, tmp_path):
-    output = tmp_path / "stopped"
+    output = tmp_path / "stopped here"
     code, err = finish(start(options, output, "SIGINT", 5))
     assert code == 130, err
     assert "stopped and saved after 5 of 9 steps; go on with: humanline train --output-dir " in err
-    assert "--resume" in err and "Traceback" not in err
+    assert f"{str(output)!r} --resume" in err and "Traceback" not in err
     assert [p.name for p in output.glob("checkpoint-*")] == ["checkpoint-5"]
     run.train({}, output, resume=True)
     run.train(options, tmp_path / "whole")
@@ -261,3 +261,67 @@ def test_a_broken_checkpoint_is_a_clear_error(tmp_path):
     (folder / "state.pt").write_bytes(b"nonsense")
     with pytest.raises(UserError, match=r"cannot read .*checkpoint-3"):
         checkpoint.load_latest(tmp_path, torch.device("cpu"))
+
+
+def test_overwriting_removes_what_a_run_writes_and_no_more(options, tmp_path):
+    options |= {"max_steps": 1, "eval_limit": 0, "save_steps": 0}
+    output = tmp_path / "real"
+    run.train(options | {"lora": True}, output)
+    (output / "notes.txt").write_text("mine")
+    (output / "checkpoint-7").mkdir()
+    link = tmp_path / "link"
+    link.symlink_to(output)
+    run.train(options, link, overwrite=True)
+    assert link.is_symlink() and (output / "notes.txt").read_text() == "mine"
+    assert (output / "model").is_dir()
+    assert not (output / "adapter").exists() and not (output / "checkpoint-7").exists()
+
+
+@pytest.mark.parametrize("content", ['{"model_type": "llama"}', '{"options": {', "[]"])
+def test_a_folder_whose_config_is_not_a_runs_is_left_alone(content, options, tmp_path):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(UserError, match="something else than a run"):
+        run.train(options, tmp_path, overwrite=True)
+    with pytest.raises(UserError, match="no run to resume"):
+        run.train({}, tmp_path, resume=True)
+    assert (tmp_path / "config.json").read_text() == content
+
+
+def test_overwriting_what_the_run_needs_is_refused(options, tmp_path):
+    output = tmp_path / "out"
+    run.train(options | {"max_steps": 1, "eval_limit": 0}, output)
+    data = write_jsonl(output / "d.jsonl", toy_rows(8))
+    for name, path in (("model", output / "model"), ("data", data), ("heldout", data)):
+        with pytest.raises(UserError, match=f"--{name} .* is in .*out: --overwrite would"):
+            run.train(options | {name: str(path)}, output, overwrite=True)
+    assert (output / "model").is_dir()
+
+
+def test_a_model_that_fails_leaves_the_old_run_whole(options, tmp_path):
+    output, broken = tmp_path / "out", make_model_folder(tmp_path / "broken")
+    run.train(options | {"max_steps": 1, "eval_limit": 0}, output)
+    before = sorted(p.name for p in output.rglob("*"))
+    (broken / "model.safetensors").write_bytes(b"nonsense")
+    with pytest.raises(UserError, match="has no model that can be loaded"):
+        run.train(options | {"model": str(broken)}, output, overwrite=True)
+    assert sorted(p.name for p in output.rglob("*")) == before
+
+
+def test_a_run_cannot_be_made_shorter_than_it_is(options, tmp_path):
+    output = stopped(options | {"reference": "copy"}, tmp_path / "out")
+    stored = (output / "config.json").read_text()
+    with pytest.raises(UserError, match="--max-steps 1, but 2 steps are already done"):
+        run.train({"max_steps": 1}, output, resume=True)
+    assert (output / "config.json").read_text() == stored
+
+
+def test_files_of_a_run_that_were_broken(options, tmp_path):
+    output = stopped(options, tmp_path / "out")
+    stored = json.loads((output / "config.json").read_text())
+    (output / "before.json").write_text('{"measured": ')
+    with pytest.raises(UserError, match=r"before\.json is not what a run writes"):
+        run.train({}, output, resume=True)
+    stored["options"]["magic"] = 1
+    (output / "config.json").write_text(json.dumps(stored))
+    with pytest.raises(UserError, match=r"not of this version's runs: .*magic"):
+        run.train({}, output, resume=True)

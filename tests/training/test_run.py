@@ -363,3 +363,67 @@ def test_the_kinds_of_reference_give_the_same_run(lora, options, tmp_path):
 def test_a_fixed_reference_cannot_be_looked_ahead_to(options, tmp_path):
     with pytest.raises(UserError, match="--sync-every must be positive with --reference lookahead"):
         run.train(options | {"reference": "lookahead", "sync_every": 0}, tmp_path / "out")
+
+
+# What is refused or warned of before the first step
+
+
+def test_float16_weights_need_lora_and_bfloat16_weights_are_warned_of(options, tmp_path, capsys):
+    with pytest.raises(UserError, match=r"--dtype float16: .*underflow; use --bf16, or --lora"):
+        TrainConfig(dtype="float16")
+    TrainConfig(dtype="float16", lora=True)
+    run.train(options | {"dtype": "bfloat16", "max_steps": 1, "eval_limit": 0}, tmp_path / "out")
+    assert "round away; use --bf16" in capsys.readouterr().err
+
+
+def test_lora_targets_may_have_spaces_and_must_be_there(options):
+    config = TrainConfig(**options, lora=True, lora_target_modules="q_proj, self_attn.v_proj")
+    model = load_model(Path(config.model), config, torch.device("cpu"))
+    adapted = {n.split(".lora_")[0].rpartition(".")[2] for n, _ in model.named_parameters()}
+    assert {"q_proj", "v_proj"} <= adapted and "k_proj" not in adapted
+    config = TrainConfig(**options, lora=True, lora_target_modules="q_proj,magic")
+    with pytest.raises(UserError, match="no module called 'magic'"):
+        load_model(Path(config.model), config, torch.device("cpu"))
+
+
+def test_labels_all_the_same_are_warned_of(options, tmp_path, capsys):
+    options |= {"objective": "kto", "reward_threshold": 2.0, "max_steps": 1, "eval_limit": 0}
+    run.train(options, tmp_path / "out")
+    assert "warning: all labels are the same" in capsys.readouterr().err
+
+
+def test_without_a_pair_to_hold_out_all_data_are_trained_on(model_folder, tmp_path):
+    rows = [
+        {"prompt": f"{i} +", "completion": "1", "reward": float(i > 0), "label": True}
+        for i in range(10)
+    ]
+    config = TrainConfig(objective="kto", heldout_fraction=0.3)
+    dataset = data.read_examples(write_jsonl(tmp_path / "d.jsonl", rows))
+    groups, measure = run._prepare(dataset, None, load_tokenizer(model_folder), config)
+    assert measure is None and sum(map(len, groups)) == 10
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model(options, tmp_path):
+    options |= {"model": str(make_model_folder(tmp_path / "model", vocab_size=27))}
+    with pytest.raises(UserError, match="token id 29, but the model has embeddings for 27 tokens"):
+        run.train(options, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_sequences_longer_than_the_positions_a_model_learned(options, tmp_path):
+    import transformers
+
+    folder = make_model_folder(tmp_path / "model")
+    small = {"vocab_size": 31, "n_layer": 1, "n_embd": 32, "n_head": 4, "pad_token_id": 2}
+    config = transformers.GPT2Config(**small, n_positions=10)
+    transformers.GPT2LMHeadModel(config).save_pretrained(folder)
+    options |= {"model": str(folder), "max_steps": 1}
+    with pytest.raises(UserError, match="the model has 10 positions; pass --max-length 10"):
+        run.train(options, tmp_path / "out")
+    with pytest.raises(UserError, match="10 positions; a held-out prompt of 9 tokens leaves"):
+        run.train(options | {"max_length": 10}, tmp_path / "out")
+    run.train(options | {"max_length": 10, "max_new_tokens": 1}, tmp_path / "out")
+
+
+def test_a_default_run_is_saved_often():
+    assert TrainConfig().save_steps <= TrainConfig().max_steps / 5
