@@ -426,4 +426,4 @@ def test_sequences_longer_than_the_positions_a_model_learned(options, tmp_path):
 
 
 def test_a_default_run_is_saved_often():
-    assert TrainConfig().save_steps <= TrainConfig().max_steps / 5
+    assert TrainConfig().save_steps <= TrainConfig().max_steps / 2
