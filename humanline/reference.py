@@ -61,6 +61,7 @@ class Reference:
             sync_every >= 0, lambda: f"sync_every must be 0 (never) or positive, got {sync_every}"
         )
         self.policy, self.score, self.sync_every = policy, score, sync_every
+        self.model = policy  # what is scored with
         self.step = 0
 
     def steps(self, optimizer_steps: Iterable[list[Any]]) -> Iterator[Step]:
@@ -105,7 +106,8 @@ class Reference:
     # What the kinds of reference define
 
     def _scores(self, batches: list[Any]) -> list[Any]:
-        raise NotImplementedError
+        with scoring(self.model):
+            return [self.score(self.model, batch) for batch in batches]
 
     def _sync(self) -> None:
         raise NotImplementedError
@@ -126,10 +128,6 @@ class ReferenceCopy(Reference):
     def __init__(self, policy: nn.Module, score: Score, sync_every: int = 1):
         super().__init__(policy, score, sync_every)
         self.model = copy.deepcopy(policy).eval().requires_grad_(False)
-
-    def _scores(self, batches: list[Any]) -> list[Any]:
-        with scoring(self.model):
-            return [self.score(self.model, batch) for batch in batches]
 
     def _sync(self) -> None:
         _copy(list(_tensors(self.policy).values()), list(_tensors(self.model).values()))
@@ -155,8 +153,8 @@ class ReferenceAdapter(Reference):
         self.snapshot = {name: t.detach().clone() for name, t in _changing(policy).items()}
 
     def _scores(self, batches: list[Any]) -> list[Any]:
-        with scoring(self.policy), self._in_place_of_the_policy():
-            return [self.score(self.policy, batch) for batch in batches]
+        with self._in_place_of_the_policy():
+            return super()._scores(batches)
 
     @contextmanager
     def _in_place_of_the_policy(self) -> Iterator[None]:
@@ -236,10 +234,6 @@ class ReferenceLookahead(Reference):
     def _look_ahead(self, count: int) -> None:
         for batches in islice(self._source, count):
             self._coming.append((batches, self._scores(batches)))
-
-    def _scores(self, batches: list[Any]) -> list[Any]:
-        with scoring(self.policy):
-            return [self.score(self.policy, batch) for batch in batches]
 
     def _held(self) -> Any:
         return [scores for _, scores in self._coming]

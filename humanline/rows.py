@@ -24,6 +24,7 @@ class Layout:
         cu_seqlens: int64 ``[S+1]`` row offsets of packed sequences, or None when padded.
         sequence_of_row: index of each row's sequence, int64 ``[N]``, or None when padded.
         lengths: completion tokens of each sequence, int64 ``[S]``.
+        length_of_row: the same of each row's sequence, int64 ``[N]``.
         tokens: completion tokens of the batch, an int64 scalar.
     """
 
@@ -32,6 +33,7 @@ class Layout:
     cu_seqlens: Tensor | None
     sequence_of_row: Tensor | None
     lengths: Tensor
+    length_of_row: Tensor
     tokens: Tensor
 
     @classmethod
@@ -51,13 +53,16 @@ class Layout:
                 ),
             )
             sequence_of_row, lengths = None, flat.view(shape).sum(1)
+            length_of_row = lengths[:, None].expand(shape).reshape(-1)
         else:
             _check_cu_seqlens(mask, cu_seqlens)
             cu_seqlens = cu_seqlens.to(torch.int64)
             row = torch.arange(flat.numel(), device=flat.device)
             sequence_of_row = torch.searchsorted(cu_seqlens, row, right=True) - 1
             lengths = _SegmentSum.apply(flat.double(), cu_seqlens, sequence_of_row).long()
-        return cls(flat, shape, cu_seqlens, sequence_of_row, lengths, flat.sum())
+            length_of_row = lengths[sequence_of_row]
+        tokens = flat.sum()
+        return cls(flat, shape, cu_seqlens, sequence_of_row, lengths, length_of_row, tokens)
 
     @property
     def num_sequences(self) -> int:
@@ -182,8 +187,8 @@ class Rows:
     @classmethod
     def blank(cls, layout: Layout) -> "Rows":
         """All rows of a batch whose log-probs are not known yet."""
-        length = layout.expand(layout.lengths)
-        return cls(None, None, None, None, None, None, layout.mask, length, layout)
+        unknown = [None] * 6
+        return cls(*unknown, layout.mask, layout.length_of_row, layout)
 
     @property
     def perceived_logps(self) -> Tensor:

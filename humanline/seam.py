@@ -49,7 +49,7 @@ class Problem:
             d = torch.where(mask, logps - anchor, 0)
             c, unclamped = self.objective.perception.perceive(d, mask)
             c = torch.where(mask, c, 0)  # after perception: bounds need not bracket 0
-        length = take(self.layout.expand(self.layout.lengths))
+        length = take(self.layout.length_of_row)
         return Rows(logps, ref_logps, c, d, unclamped, entropy, mask, length, self.layout)
 
     def batch_of(self, index: Tensor | None) -> dict[str, Any]:

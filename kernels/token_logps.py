@@ -20,7 +20,6 @@ from .rows import (
     write_zeros,
 )
 
-IGNORE_INDEX = -100
 # Lengths are not specialised on: a new one must not compile anew.
 _LENGTHS = ["rows_per_batch", "batch_stride_rows"]
 

@@ -135,29 +135,10 @@ def _token_loss(
     temperature_pos: float = 1.0,
     temperature_neg: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    arguments = dict(locals())  # the op's schema has to spell out what the launcher takes
     from humanline.kernels import token_loss as kernel
 
-    loss, g, logps, entropy = kernel.token_loss(
-        logits,
-        labels,
-        temperature,
-        grad,
-        kind=kind,
-        weight=weight,
-        advantages=advantages,
-        anchor=anchor,
-        ref=ref,
-        entropy_weight=entropy_weight,
-        penalty=penalty,
-        log_eps_P=log_eps_P,
-        log_eps_R=log_eps_R,
-        low=low,
-        high=high,
-        delta=delta,
-        beta=beta,
-        temperature_pos=temperature_pos,
-        temperature_neg=temperature_neg,
-    )
+    loss, g, logps, entropy = kernel.token_loss(**arguments)
     return loss, g, logps, logits.new_empty(0) if entropy is None else entropy
 
 
