@@ -1,10 +1,10 @@
-"""The noisy adder: a tiny language model that adds two numbers below 100 and is right half the time.
+"""The noisy adder: a tiny language model that adds two numbers below 100, right half the time.
 
-The prompt is ``ab+cd=``, the completion the three digits of the sum; a completion is rewarded if it
-is the sum. The base model is trained on labels of which some have one digit corrupted, so that it
-knows how to add and says so with the labels' own uncertainty. The offline completions come from
-another model, trained apart on noisier labels. There is one right answer, hence the model's Pass@1
-is the mean probability of it: a number without sampling noise.
+The prompt is ``ab+cd=``, the completion the three digits of the sum, the reward whether they are.
+The base model is trained on labels of which half have one digit corrupted, so that it knows how to
+add and answers with the labels' own uncertainty. The offline completions come from another model,
+trained apart on noisier labels. There is one right answer, hence a model's Pass@1 is the mean
+probability of it: a number without sampling noise.
 """
 
 import hashlib
