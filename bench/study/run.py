@@ -39,7 +39,7 @@ def read_config() -> dict[str, Any]:
 
 def write_config(config: dict[str, Any]) -> None:
     """A line for each value of depth one or, of the nested ones, two."""
-    nested = ("tuned", "analysis", "rules")
+    nested = ("analysis", "rules", "tuned")
     parts = []
     for key, value in config.items():
         text = json.dumps(value, ensure_ascii=False)
