@@ -1,6 +1,6 @@
 """The study's report and figures, from results/final.jsonl and config.json alone.
 
-python bench/study/analyse.py
+python -m bench.study.analyse
 """
 
 import itertools
@@ -8,9 +8,10 @@ import math
 import statistics
 from typing import Any
 
-import arms
 import torch
-from run import HERE, RESULTS, final_runs, key, read_config, read_results
+
+from bench.study import arms
+from bench.study.run import HERE, RESULTS, final_runs, key, read_config, read_results
 
 #: 97.5 % quantiles of Student's t for 2, 3, … degrees of freedom (any textbook's table).
 T975 = "4.303 3.182 2.776 2.571 2.447 2.365 2.306 2.262 2.228 2.201 2.179 2.160 2.145 2.131 2.120"
@@ -18,7 +19,7 @@ T975 = "4.303 3.182 2.776 2.571 2.447 2.365 2.306 2.262 2.228 2.201 2.179 2.160 
 # Okabe and Ito's colours, told apart by every eye; the dashes tell them apart in grey.
 STYLES = {
     "offline": ("#000000", ":"),
-    "clip only": ("#CC79A7", (0, (1, 1))),
+    "clip only": ("#CC79A7", (0, (6, 2, 1, 2))),
     "sync only k=1": ("#E69F00", "--"),
     "humanline k=1": ("#0072B2", "-"),
     "online": ("#009E73", "-."),
@@ -135,12 +136,12 @@ def arm_table(results: Results, config: dict, objective: str) -> str:
 
 
 def contrast_rows(
-    results: Results, objective: str, contrasts: list, margin: float
+    results: Results, objective: str, measure: str, contrasts: list, margin: float
 ) -> list[list[str]]:
     """A row a contrast ``[arm, other arm, claim, kind]``, Holm over those given."""
     differences = []
     for one, other, *_ in contrasts:
-        pair = (results.values(f"{objective} {arm}", "pass@1") for arm in (one, other))
+        pair = (results.values(f"{objective} {arm}", measure) for arm in (one, other))
         differences.append([a - b for a, b in zip(*pair, strict=True)])
     p_values = [sign_flip_test(d) for d in differences]
     rows = []
@@ -153,10 +154,12 @@ def contrast_rows(
     return rows
 
 
-def contrast_table(results: Results, config: dict, contrasts: list) -> str:
+def contrast_table(results: Results, config: dict, contrasts: list, measure: str = "pass@1") -> str:
     margin = config["analysis"]["margin"]
     rows = [
-        row for o in config["objectives"] for row in contrast_rows(results, o, contrasts, margin)
+        row
+        for o in config["objectives"]
+        for row in contrast_rows(results, o, measure, contrasts, margin)
     ]
     return table(["", "claim", "contrast", "difference", "p", "p, Holm", ""], rows)
 
@@ -181,25 +184,50 @@ def new_figure(rows: int, columns: int, height: float):
 
     pyplot.rcParams.update({"font.size": 10, "axes.grid": True, "grid.alpha": 0.3})
     return pyplot.subplots(
-        rows, columns, figsize=(11, height), layout="constrained", squeeze=False, sharey="row"
+        rows,
+        columns,
+        figsize=(11, height),
+        layout="constrained",
+        squeeze=False,
+        sharex="row",
+        sharey="row",
     )
+
+
+def draw_lines(config: dict, lines_of, file: str, **labels: Any) -> None:
+    """A panel an objective, a line an arm of ``STYLES``; ``lines_of`` an arm's name gives x, its
+    means and, or None, half their intervals."""
+    figure, axes = new_figure(1, len(config["objectives"]), 4.2)
+    for axis, objective in zip(axes[0], config["objectives"], strict=True):
+        for name, (colour, dashes) in STYLES.items():
+            x, means, halves = lines_of(f"{objective} {name}")
+            axis.plot(x, means, color=colour, ls=dashes, lw=2, label=name)
+            if halves:
+                bounds = ([m + s * h for m, h in zip(means, halves, strict=True)] for s in (-1, 1))
+                axis.fill_between(x, *bounds, color=colour, alpha=0.12, lw=0)
+        axis.set(title=objective, **labels)
+    axes[0][0].set_ylabel("Pass@1, held out")
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
+    figure.savefig(HERE / file, dpi=150)
 
 
 def draw_curves(results: Results, config: dict) -> None:
     recipe = config["training"]
     steps = range(0, recipe["steps"] + 1, recipe["evaluate_every"])
-    figure, axes = new_figure(1, len(config["objectives"]), 4.2)
-    for axis, objective in zip(axes[0], config["objectives"], strict=True):
-        for name, (colour, dashes) in STYLES.items():
-            runs = [r["pass@1"] for r in results.by_arm[f"{objective} {name}"]]
-            means, halves = zip(*(interval(list(v)) for v in zip(*runs, strict=True)), strict=True)
-            low, high = ([m + s * h for m, h in zip(means, halves)] for s in (-1, 1))  # noqa: B905
-            axis.fill_between(steps, low, high, color=colour, alpha=0.12, lw=0)
-            axis.plot(steps, means, color=colour, ls=dashes, lw=2, label=name)
-        axis.set(title=objective, xlabel="optimizer step")
-    axes[0][0].set_ylabel("Pass@1, held out")
-    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
-    figure.savefig(HERE / "curves.png", dpi=150)
+
+    def lines_of(name: str):
+        runs = [r["pass@1"] for r in results.by_arm[name]]
+        points = [interval(list(values)) for values in zip(*runs, strict=True)]
+        return steps, *map(list, zip(*points, strict=True))
+
+    draw_lines(config, lines_of, "curves.png", xlabel="optimizer step")
+
+
+def draw_rates(config: dict) -> None:
+    def lines_of(name: str):
+        return config["tuning"]["lrs"], list(config["tuned"][name]["pass@1"].values()), None
+
+    draw_lines(config, lines_of, "rates.png", xlabel="learning rate", xscale="log")
 
 
 def draw_accuracy(results: Results, config: dict) -> None:
@@ -299,9 +327,11 @@ def report(results: Results, config: dict) -> str:
         contrast_table(results, config, sync_contrasts(config)),
         "## Learning curves",
         "![learning curves](curves.png)\n\nBands: 95 % intervals over seeds.",
+        "The contrasts once more on the secondary measure, the mean of the curve (speed):",
+        contrast_table(results, config, analysis["contrasts"], "mean"),
         "## Arms",
-        "Mean of the curve: speed. Removed: share of completion tokens clipped or rejected. "
-        "Trained on, sampled: completions a run. The offline pool cost "
+        "Mean of the curve: speed. Removed: share of completion tokens clipped or rejected (for "
+        "sampling in a second draw). Trained on, sampled: completions a run. The offline pool cost "
         f"{pool['prompts'] * pool['samples']:,} samples once a seed. CPU seconds of a run, "
         "evaluation left out. †: a rate at an end of the list.",
         *(f"### {o}\n\n{arm_table(results, config, o)}" for o in config["objectives"]),
@@ -313,6 +343,7 @@ def report(results: Results, config: dict) -> str:
         "## Tuning",
         f"Pass@1 after the last step, mean of seeds {config['tuning']['seeds']}, by learning rate; "
         "the chosen one in bold.",
+        "![learning rates](rates.png)",
         tuning_table(config),
         "## Rules, fixed before the final run",
         "\n".join(f"- {name}: {text}." for name, text in config["rules"].items()),
@@ -326,6 +357,7 @@ def main() -> None:
     draw_accuracy(results, config)
     draw_curves(results, config)
     draw_log_ratios(results, config)
+    draw_rates(config)
     (HERE / "REPORT.md").write_text(report(results, config), encoding="utf-8")
 
 

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import task
 import torch
 from torch import Tensor
 
 import humanline as hl
+from bench.study import task
 from humanline.reference import Reference, ReferenceCopy
 
 #: Of each method: whether its completions are fresh, how it perceives, whether it syncs.

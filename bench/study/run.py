@@ -1,8 +1,8 @@
 """Run the study: tune the learning rates, then train every arm with every seed.
 
-    python bench/study/run.py tune [--jobs N]     writes the chosen rates and bounds to config.json
-    python bench/study/run.py final [--jobs N]    writes results/final.jsonl
-    python bench/study/analyse.py                 writes REPORT.md and the figures
+    python -m bench.study.run tune [--jobs N]     writes the chosen rates and bounds to config.json
+    python -m bench.study.run final [--jobs N]    writes results/final.jsonl
+    python -m bench.study.analyse                 writes REPORT.md and the figures
 
 Every run is a line of results/*.jsonl, written as it ends: after an interruption the same command
 goes on with the runs that are missing. A process uses one thread. Models and data that the arms of
@@ -19,10 +19,10 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import arms
-import task
 import torch
 from tqdm import tqdm
+
+from bench.study import arms, task
 
 HERE = Path(__file__).parent
 CONFIG, RESULTS, WORLDS = HERE / "config.json", HERE / "results", HERE / "runs"
@@ -155,7 +155,9 @@ def tune(config: dict[str, Any], jobs: int) -> dict[str, dict[str, Any]]:
 
 def final_runs(config: dict[str, Any]) -> list[Run]:
     if "tuned" not in config:
-        raise SystemExit("config.json holds no learning rates yet: run `run.py tune` first")
+        raise SystemExit(
+            "config.json holds no learning rates yet: run `python -m bench.study.run tune` first"
+        )
     tuned = config["tuned"]
     return [
         (arm, seed, tuned[str(arm)]["lr"], tuned[str(arm)]["bound"])

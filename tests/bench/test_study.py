@@ -5,22 +5,14 @@ offline pool as ``bench/study/task.py`` builds them, in half the bytes.
 """
 
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from bench.study import analyse, arms, run, task
 from humanline.reference import ReferenceCopy
-
-STUDY = Path(__file__).parents[2] / "bench/study"
-sys.path.insert(0, str(STUDY))
-
-import analyse  # noqa: E402
-import arms  # noqa: E402
-import run  # noqa: E402
-import task  # noqa: E402
 
 OFFLINE, HUMANLINE = arms.Arm("GRPO", "offline", 0), arms.Arm("GRPO", "humanline", 1)
 SEED, RATE, BOUND, MARGIN = 0, 1e-4, 0.02, 0.05
@@ -124,4 +116,4 @@ def test_results_of_another_configuration_are_refused(tmp_path, config):
 def test_committed_results_are_those_of_the_committed_configuration(config):
     lines = run.read_results(run.RESULTS / "final.jsonl", config)
     results = analyse.Results(config, lines)
-    assert analyse.report(results, config) == (STUDY / "REPORT.md").read_text(encoding="utf-8")
+    assert analyse.report(results, config) == (run.HERE / "REPORT.md").read_text(encoding="utf-8")
