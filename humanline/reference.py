@@ -192,7 +192,8 @@ class ReferenceCopy(_ReferenceWithWeights):
             model = _copy_of(self.policy)
         else:
             _copy(_tensors(self.policy), _tensors(model))
-        self.model = model.eval().requires_grad_(False)
+        # Weights keep requires_grad: without gradients too, matmul picks its algorithm by it.
+        self.model = model.eval()
         ours = _tensors(model)
         self.kept = {name: ours[name] for name in _changing(self.policy)}
 

@@ -51,15 +51,26 @@ def move(model):
                 t += torch.rand_like(t)  # not below 0: variances are among them
 
 
-def test_it_shares_frozen_weights_alone_and_takes_no_gradient():
+def test_it_shares_frozen_weights_alone():
     policy = Model()
     reference = ReferenceCopy(policy, score)
     assert same(reference.model, policy)
     assert not storages(reference.model) & storages(policy)
     assert reference.model.frozen.weight is policy.frozen.weight
-    assert not any(p.requires_grad for p in reference.model.parameters())
     assert not reference.model.training and policy.training
     assert policy.embedding.weight.requires_grad and not policy.frozen.weight.requires_grad
+
+
+def test_the_copy_computes_with_the_algorithms_the_policy_has():
+    """at::matmul folds a batch or not by ``requires_grad``, whether or not gradients are on."""
+    policy = nn.Linear(64, 64)
+    reference = ReferenceCopy(policy, score)
+    x = torch.randn(7, 5, 64).transpose(0, 1)  # not contiguous: linear goes through matmul
+    (scores,) = next(reference.steps([[x]]))[1]
+    with torch.no_grad():
+        assert torch.equal(scores, policy(x))
+    assert not scores.requires_grad
+    assert all(p.requires_grad for p in reference.model.parameters())
 
 
 def test_tied_weights_stay_tied():
@@ -167,7 +178,7 @@ def test_a_second_model_takes_the_policys_weights():
     policy, second = Model(), Model()
     reference = ReferenceCopy(policy, score, model=second)
     assert reference.model is second and same(second, policy)
-    assert not storages(second) & storages(policy) and not second.embedding.weight.requires_grad
+    assert not storages(second) & storages(policy)
     assert second.frozen.weight is not policy.frozen.weight
     everything = sum(t.nbytes for t in [*policy.parameters(), *policy.buffers()])
     assert reference.memory_bytes() == everything
