@@ -34,7 +34,7 @@ import copy
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass
 from itertools import islice
 from typing import Any
 
@@ -337,7 +337,7 @@ def _tensors_in(x: Any) -> Iterator[Tensor]:
     elif isinstance(x, Mapping):
         yield from _tensors_in(list(x.values()))
     elif is_dataclass(x):
-        yield from _tensors_in(vars(x))
+        yield from _tensors_in([getattr(x, field.name) for field in fields(x)])
     elif isinstance(x, list | tuple | deque):
         for item in x:
             yield from _tensors_in(item)

@@ -1,6 +1,7 @@
 """Copy, adapter and look-ahead give the same numbers, those of the rule written out in a loop."""
 
 import copy
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -291,3 +292,19 @@ def test_a_second_epoch_cannot_begin_without_a_reference():
         reference.before_step()
     with pytest.raises(RuntimeError, match="the steps of all epochs as one iterable"):
         next(reference.steps(make_steps(1)))
+
+
+def test_memory_is_counted_in_whatever_a_batch_is():
+    @dataclass(frozen=True)
+    class Batch:
+        __slots__ = ("again", "ids", "name")
+        ids: torch.Tensor
+        again: dict
+        name: str
+
+    ids = torch.zeros(2, 5, dtype=torch.int64)
+    batch = Batch(ids, {"the same": ids, "more": (torch.zeros(3),)}, "text")
+    reference = ReferenceLookahead(make_policy(), lambda model, batch: [score(model, batch.ids)], 1)
+    next(reference.steps([[batch]] * 2))
+    reference.before_step()
+    assert reference.memory_bytes() == ids.nbytes + 3 * 4 + 2 * 4 * 4
