@@ -21,7 +21,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from humanline.kernels import scale, token_logps, token_loss
+from humanline.kernels import scale, sequence_loss, token_logps, token_loss
 from humanline.kernels.launch import row_config
 
 TARGETS = {
@@ -31,7 +31,7 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-INTEGERS = ("V", "rows", "row_stride", "rows_per_batch", "batch_stride_rows")
+INTEGERS = ("V", "rows", "row_stride", "rows_per_batch", "batch_stride_rows", "rows_per_sequence")
 # One variant of the fused loss for each combination that changes the code most.
 VARIANTS = {
     "forward": (token_logps._forward, {"ENTROPY": False}),
@@ -43,6 +43,8 @@ VARIANTS = {
     "loss, entropy": (token_loss._token_loss, {"KIND": 0, "PENALTY": 3, "ENTROPY": True}),
     "loss, NLL": (token_loss._token_loss, {"KIND": 3, "PENALTY": 0, "ENTROPY": False}),
     "scale": (scale._scale, {"BLOCK": 8192}),
+    "pairs": (sequence_loss._sequence_loss, {"KIND": "sigmoid", "PAIRED": True}),
+    "sequences": (sequence_loss._sequence_loss, {"KIND": "kto", "PAIRED": False}),
 }
 
 
@@ -63,10 +65,13 @@ def compile_variant(name: str, target: str, vocab: int, dtype: str, aligned: boo
     """Compile one variant and read its machine code."""
     function, constants = VARIANTS[name]
     config = row_config(vocab, TORCH_DTYPES[dtype])
-    warps = config.pop("num_warps") if "LANES" in function.arg_names else 8
+    warps = config.pop("num_warps")
+    if "LANES" not in function.arg_names:
+        warps = 8 if name == "scale" else 4
     if TARGETS[target].backend == "hip":
         warps //= 2
     defaults = {"TEMPERATURE_PER_ROW": False, "ON_POLICY": False, **config}
+    defaults |= {"PER_TOKEN": True, "PACKED": True, "BLOCK": 1024}
     constants = {**{k: v for k, v in defaults.items() if k in function.arg_names}, **constants}
     signature = {
         argument: "constexpr" if argument in constants else _type(argument, dtype)
@@ -86,8 +91,10 @@ def compile_variant(name: str, target: str, vocab: int, dtype: str, aligned: boo
 def _type(argument: str, dtype: str) -> str:
     if argument in ("logits_ptr", "grad_ptr", "x_ptr"):
         return f"*{dtype}"
-    if argument == "labels_ptr":
+    if argument in ("labels_ptr", "cu_seqlens_ptr"):
         return "*i64"
+    if argument in ("mask_ptr", "desirable_ptr"):
+        return "*i1"
     if argument == "temperature_ptr":
         return "*fp64"
     if argument.endswith("_ptr"):

@@ -15,7 +15,7 @@ from humanline import checks, ops
 from humanline.dtypes import at_least_float32
 from humanline.perception import Identity, Perception
 from humanline.rows import IGNORE_INDEX, Layout, Rows
-from humanline.seam import Problem, finish
+from humanline.seam import Problem
 
 Result = tuple[Tensor, dict[str, Tensor]]
 
@@ -72,6 +72,17 @@ class Objective:
             self.require_ref_logps(ref_logps)
         return batch
 
+    def sequence_kernel_arguments(self, **batch: Any) -> dict[str, Any] | None:
+        """Arguments of ``kernels.sequence_loss`` if this very loss exists as a device function.
+
+        Without one a sequence-level objective takes more, small launches on a GPU.
+        """
+        return None
+
+    def stats_of(self, report: dict[str, Tensor], **batch: Any) -> dict[str, Tensor]:
+        """:meth:`stats` from what that kernel reports."""
+        raise NotImplementedError(f"{type(self).__name__} does not define stats_of()")
+
     def anchor(self, logps: Tensor, ref_logps: Tensor | None, **batch: Any) -> Tensor:
         """The log-probs that the log-ratio is taken to."""
         return ref_logps
@@ -86,6 +97,7 @@ class Objective:
         *,
         entropy: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
+        backend: str | None = None,
         **batch: Any,
     ) -> Result:
         """Loss from per-token log-probs.
@@ -97,6 +109,7 @@ class Objective:
             mask: completion tokens, same shape, bool or 0/1.
             entropy: entropy of each row in nats, same shape; for objectives with an entropy bonus.
             cu_seqlens: row offsets ``[S+1]`` of packed sequences.
+            backend: "triton" or "torch"; None chooses by device.
             **batch: what the objective needs besides, see its own documentation.
 
         Returns:
@@ -125,7 +138,8 @@ class Objective:
             entropy is not None or not self.needs_entropy,
             lambda: f"{type(self).__name__} has an entropy bonus: from_logps needs entropy=…",
         )
-        return finish(problem, policy_logps, entropy if self.needs_entropy else None)
+        backend = ops.choose_backend(policy_logps, backend)
+        return ops.finish(problem, policy_logps, entropy if self.needs_entropy else None, backend)
 
     def from_logits(
         self,
@@ -146,8 +160,7 @@ class Objective:
             labels: integer ``[B, T]`` or ``[N]``; -100 marks rows outside the completion.
             ref_logps: log-probs of the reference, shape of ``labels``, at the same temperature.
             temperature: divides the logits; a float, or a tensor with one value a row.
-            cu_seqlens, **batch: see :meth:`from_logps`.
-            backend: "triton" or "torch"; None chooses by device.
+            cu_seqlens, backend, **batch: see :meth:`from_logps`.
             inplace: let the gradient overwrite ``logits``, which spares a buffer of their size.
                 Token-level objectives only. Autograd raises if anything still needs the logits.
 
@@ -163,7 +176,9 @@ class Objective:
         result = ops.token_logps(
             logits, labels, temperature, return_entropy=self.needs_entropy, backend=backend
         )
-        return finish(problem, *(result if self.needs_entropy else (result, None)))
+        return ops.finish(
+            problem, *(result if self.needs_entropy else (result, None)), backend=backend
+        )
 
     def from_hidden(
         self,

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from humanline import autograd
 from humanline.dtypes import compute_dtype
+from humanline.ops.backend import choose_backend
 from humanline.ops.head import (
     Head,
     block_rows,
@@ -28,8 +29,9 @@ from humanline.ops.linear import (
     under_autocast,
 )
 from humanline.ops.logits_objective import scaled
+from humanline.ops.whole_batch import finish
 from humanline.rows import IGNORE_INDEX
-from humanline.seam import Problem, evaluate, finish
+from humanline.seam import Problem, evaluate
 
 
 def linear_objective(
@@ -66,7 +68,9 @@ def linear_objective(
         return_entropy=with_entropy,
         workspace_bytes=workspace_bytes,
     )
-    return finish(problem, *(result if with_entropy else (result, None)))
+    return finish(
+        problem, *(result if with_entropy else (result, None)), backend=choose_backend(hidden)
+    )
 
 
 def _rows_with_gradient(

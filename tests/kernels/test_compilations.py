@@ -33,9 +33,15 @@ driver.set_active(NoDevice())
 launch = JITFunction.run
 JITFunction.run = lambda self, *a, grid, warmup, **k: launch(self, *a, grid=grid, warmup=True, **k)
 
-from humanline.kernels import scale, token_logps, token_loss
+from humanline.kernels import scale, sequence_loss, token_logps, token_loss
 
-KERNELS = (token_logps._forward, token_logps._backward, token_loss._token_loss, scale._scale)
+KERNELS = (
+    token_logps._forward,
+    token_logps._backward,
+    token_loss._token_loss,
+    scale._scale,
+    sequence_loss._sequence_loss,
+)
 
 
 def compiled():
@@ -69,6 +75,18 @@ def run(batch, length, x, vocab, shifted=False):
         beta=x,
     )
     scale.scale_(grad, torch.tensor(x))
+    sequence_loss.sequence_loss(
+        row,
+        row,
+        labels == 0,
+        kind="sigmoid",
+        num_sequences=2 * batch,
+        cu_seqlens=None,
+        log_eps_P=-x,
+        log_eps_R=x,
+        beta=x,
+        p=x / 4,
+    )
     return compiled()
 
 
@@ -92,4 +110,4 @@ def test_lengths_and_hyperparameters_compile_nothing(vocab):
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == [[1, 1, 1, 1]] * 7
+    assert json.loads(done.stdout) == [[1] * 5] * 7
