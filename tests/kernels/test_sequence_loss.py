@@ -55,8 +55,8 @@ def run(objective, backend, logps, ref, mask, upstream=0.5, dtype=torch.float32,
 
 
 def assert_as_accurate(objective, rows, **batch):
-    """Our error is at most 1.5 × the torch definition's, or two units in the last place (the loss is
-    a single number, whose error in torch may be nil by luck)."""
+    """Our error is at most 1.5 × the torch definition's, or half a unit in the last place; of the
+    loss, a single number whose error in torch may be nil by luck, two units."""
     truth = run(objective, "torch", *rows, dtype=torch.float64, **batch)
     eager = run(objective, "torch", *rows, **batch)
     ours = run(objective, "triton", *rows, **batch)
