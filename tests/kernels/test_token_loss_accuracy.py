@@ -138,12 +138,15 @@ def test_offsets_beyond_31_bits(device):
 
 
 def test_more_rows_than_a_grid_axis_allows(device):
+    if device == "cpu":
+        pytest.skip("Triton's interpreter knows no such limit, and takes minutes for so many rows")
     n = 65_540  # 65,535 is the limit of a grid's y and z
     logits, labels = draw(n // 2, 3, torch.float32, device)
     labels.view(-1)[:-2] = -100
-    loss, grad = ours(logits, labels, torch.full(labels.shape, -1.0), torch.ones(2))
+    more = torch.full(labels.shape, -1.0, device=device), torch.ones(2, device=device)
+    loss, grad = ours(logits, labels, *more)
     expected, _ = OBJECTIVE.from_logits(
-        logits, labels, torch.full(labels.shape, -1.0), advantages=torch.ones(2), backend="torch"
+        logits, labels, more[0], advantages=more[1], backend="torch"
     )
     torch.testing.assert_close(loss, expected)
     assert (grad.view(n, 3)[:-2] == 0).all() and (grad.view(n, 3)[-2:] != 0).all()
