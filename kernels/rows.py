@@ -21,13 +21,66 @@ def row_offset(row, rows_per_batch, batch_stride_rows, row_stride):
 
 
 @triton.jit
+def row_value(ptr, row, PRESENT: tl.constexpr, otherwise):
+    """A row's value, or ``otherwise`` where there is no such tensor."""
+    if PRESENT:
+        return tl.load(ptr + row).to(tl.float32)
+    return otherwise
+
+
+@triton.jit
 def tile_columns(LANES: tl.constexpr, PER_LANE: tl.constexpr):
     return tl.arange(0, LANES)[:, None] * PER_LANE + tl.arange(0, PER_LANE)[None, :]
 
 
 @triton.jit
+def one_minus_exp(x):
+    """``1 − e^x`` for ``x ≤ 0``, exact where ``x → 0`` and the difference would cancel."""
+    series = 1.0 + x * (1.0 / 8)
+    series = 1.0 + x * (1.0 / 7) * series
+    series = 1.0 + x * (1.0 / 6) * series
+    series = 1.0 + x * (1.0 / 5) * series
+    series = 1.0 + x * (1.0 / 4) * series
+    series = 1.0 + x * (1.0 / 3) * series
+    series = 1.0 + x * (1.0 / 2) * series
+    return tl.where(x > -0.25, -x * series, 1.0 - tl.exp(x))
+
+
+@triton.jit
+def tanh_and_slope(x):
+    """``tanh x`` and ``1 − tanh² x``, both to the last digits at either end."""
+    e = tl.exp(-2.0 * tl.abs(x))
+    tanh = one_minus_exp(-2.0 * tl.abs(x)) / (1.0 + e)
+    return tl.where(x < 0, -tanh, tanh), 4.0 * e / ((1.0 + e) * (1.0 + e))
+
+
+@triton.jit
+def head_options(z, columns, inside, bias_ptr, logit_scale, logit_softcap, SOFTCAP: tl.constexpr):
+    """Logits from a head's product ``z`` at these columns, and ``d logits / dz``: ``+ bias``,
+    ``· logit_scale``, ``logit_softcap · tanh(· / logit_softcap)``."""
+    if bias_ptr is not None:
+        z += tl.load(bias_ptr + columns, inside, other=0.0).to(tl.float32)
+    z *= logit_scale
+    slope = logit_scale
+    if SOFTCAP:
+        tanh, tanh_slope = tanh_and_slope(z / logit_softcap)
+        z = logit_softcap * tanh
+        slope = logit_scale * tanh_slope
+    return z, slope
+
+
+@triton.jit
 def row_statistics(
-    row_ptr, V, scale, ENTROPY: tl.constexpr, LANES: tl.constexpr, PER_LANE: tl.constexpr
+    row_ptr,
+    V,
+    scale,
+    ENTROPY: tl.constexpr,
+    LANES: tl.constexpr,
+    PER_LANE: tl.constexpr,
+    bias_ptr=None,
+    logit_scale=1.0,
+    logit_softcap=0.0,
+    SOFTCAP: tl.constexpr = False,
 ):
     """Maximum ``m`` of the row ``z``, ``s = Σ 2^((z−m) scale)``, and with ENTROPY
     ``t = Σ 2^((z−m) scale) (z−m)``.
@@ -46,8 +99,11 @@ def row_statistics(
             mask=inside,
             other=float("-inf"),
             eviction_policy="evict_last",
+        ).to(tl.float32)
+        z, _ = head_options(
+            z, start + columns, inside, bias_ptr, logit_scale, logit_softcap, SOFTCAP
         )
-        z = tl.where(inside, z.to(tl.float32), float("-inf"))
+        z = tl.where(inside, z, float("-inf"))
         m_new = tl.maximum(m, tl.max(z, 1))
         finite = tl.where(m_new == float("-inf"), 0.0, m_new)
         e = tl.exp2((z - finite[:, None]) * scale)
@@ -70,9 +126,20 @@ def row_statistics(
 
 
 @triton.jit
-def label_logp(row_ptr, label, inverse_temperature, m, s):
+def label_logp(
+    row_ptr,
+    label,
+    inverse_temperature,
+    m,
+    s,
+    bias_ptr=None,
+    logit_scale=1.0,
+    logit_softcap=0.0,
+    SOFTCAP: tl.constexpr = False,
+):
     """Log-prob in nats of the label, from the row's statistics."""
     z = tl.load(row_ptr + label).to(tl.float32)
+    z, _ = head_options(z, label, True, bias_ptr, logit_scale, logit_softcap, SOFTCAP)
     return (z - m) * inverse_temperature - tl.log(s)
 
 
@@ -80,19 +147,6 @@ def label_logp(row_ptr, label, inverse_temperature, m, s):
 def row_entropy(inverse_temperature, s, t):
     """Entropy in nats, from the row's statistics."""
     return tl.log(s) - t / s * inverse_temperature
-
-
-@triton.jit
-def one_minus_exp(x):
-    """``1 − e^x`` for ``x ≤ 0``, exact where ``x → 0`` and the difference would cancel."""
-    series = 1.0 + x * (1.0 / 8)
-    series = 1.0 + x * (1.0 / 7) * series
-    series = 1.0 + x * (1.0 / 6) * series
-    series = 1.0 + x * (1.0 / 5) * series
-    series = 1.0 + x * (1.0 / 4) * series
-    series = 1.0 + x * (1.0 / 3) * series
-    series = 1.0 + x * (1.0 / 2) * series
-    return tl.where(x > -0.25, -x * series, 1.0 - tl.exp(x))
 
 
 @triton.jit
@@ -111,10 +165,15 @@ def write_gradient(
     ENTROPY: tl.constexpr,
     LANES: tl.constexpr,
     PER_LANE: tl.constexpr,
+    bias_ptr=None,
+    logit_scale=1.0,
+    logit_softcap=0.0,
+    SOFTCAP: tl.constexpr = False,
 ):
     """Write ``(g (onehot − p) + g_entropy (−p log p − p H)) / temperature``, each element once.
 
-    ``m`` and ``s`` are the row's statistics, ``logp`` and ``entropy`` in nats.
+    ``m`` and ``s`` are the row's statistics, ``logp`` and ``entropy`` in nats. The gradient is that
+    of the head's product where options of the head are given, see head_options.
     """
     scale = inverse_temperature * LOG2E
     log2_s = tl.log2(s)
@@ -127,13 +186,16 @@ def write_gradient(
             mask=inside,
             other=float("-inf"),
             eviction_policy="evict_first",
+        ).to(tl.float32)
+        z, slope = head_options(
+            z, start + columns, inside, bias_ptr, logit_scale, logit_softcap, SOFTCAP
         )
-        log2_p = (z.to(tl.float32) - m) * scale - log2_s
+        log2_p = (z - m) * scale - log2_s
         p = tl.exp2(log2_p)
         grad = tl.where(start + columns == label, at_label, -g * p)
         if ENTROPY:
             grad -= tl.where(p > 0, g_entropy * p * (log2_p * LN2 + entropy), 0.0)
-        grad = (grad * inverse_temperature).to(grad_ptr.dtype.element_ty)
+        grad = (grad * inverse_temperature * slope).to(grad_ptr.dtype.element_ty)
         tl.store(grad_ptr + start + columns, grad, inside)
 
 

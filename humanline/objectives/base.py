@@ -5,7 +5,7 @@ needs nothing but that token, or :class:`Objective` and define ``loss`` otherwis
 perceptions and backends then work, at the same cost as for the library's own objectives.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -66,7 +66,7 @@ class Objective:
     def prepare(self, layout: Layout, ref_logps: Tensor | None, **batch: Any) -> dict[str, Any]:
         """Check the batch's own arguments and give them the shape ``loss`` wants.
 
-        Runs before any log-prob is computed.
+        Runs before any log-prob is computed: the reference's may be there in shape only.
         """
         if self.needs_reference:
             self.require_ref_logps(ref_logps)
@@ -192,7 +192,11 @@ class Objective:
         logit_scale: float = 1.0,
         logit_softcap: float | None = None,
         cu_seqlens: Tensor | None = None,
+        ref_hidden: Tensor | None = None,
+        ref_weight: Tensor | None = None,
+        ref_bias: Tensor | None = None,
         workspace_bytes: int = ops.WORKSPACE_BYTES,
+        backend: str | None = None,
         **batch: Any,
     ) -> Result:
         """Loss from hidden states and the output head, never holding all logits.
@@ -200,10 +204,12 @@ class Objective:
         Args:
             hidden: ``[B, T, H]``, or ``[N, H]`` packed. Row ``t`` predicts ``labels[t]``.
             weight: the head's weight, ``[V, H]``.
-            labels, ref_logps, temperature, cu_seqlens, **batch: see :meth:`from_logits`.
+            labels, ref_logps, temperature, cu_seqlens, backend, **batch: see :meth:`from_logits`.
             bias: the head's bias, ``[V]``.
             logit_scale: multiplies the logits (Cohere).
             logit_softcap: ``cap · tanh(logits / cap)`` after the scale (Gemma 2).
+            ref_hidden, ref_weight, ref_bias: the reference's hidden states ``[B, T, H']`` and head
+                ``[V, H']``, ``[V]``, in place of ``ref_logps``; one GEMM more, no gradient.
             workspace_bytes: bound of the memory for logits.
 
         Returns, raises: see :meth:`from_logps`.
@@ -211,8 +217,40 @@ class Objective:
         layout = Layout.of(labels != IGNORE_INDEX, cu_seqlens)
         head = ops.Head(bias, temperature, logit_scale, logit_softcap)
         ops.check_hidden(hidden, weight, labels, head)
-        problem = self._problem(layout, ref_logps, batch)
-        return ops.linear_objective(problem, hidden, weight, labels, head, workspace_bytes)
+        backend = ops.choose_backend(hidden, backend)
+        if ref_hidden is None:
+            checks.require(
+                ref_weight is None and ref_bias is None,
+                "ref_weight and ref_bias are the head of ref_hidden, which was not given",
+            )
+            problem = self._problem(layout, ref_logps, batch)
+            return ops.linear_objective(
+                problem, hidden, weight, labels, head, workspace_bytes, backend
+            )
+        checks.require(
+            ref_logps is None and ref_weight is not None,
+            "the reference is given by ref_logps, or by ref_hidden and ref_weight; got "
+            + ("ref_hidden without ref_weight" if ref_logps is None else "both"),
+        )
+        ref_head = replace(head, bias=ref_bias)
+        ops.check_hidden(ref_hidden, ref_weight, labels, ref_head)
+        # Whatever is wrong with the batch is found before the reference's GEMM runs.
+        unknown = torch.zeros(labels.shape, device=labels.device)
+        problem = self._problem(layout, unknown, batch)
+        with torch.no_grad():
+            ref_logps = ops.linear_token_logps(
+                ref_hidden,
+                ref_weight,
+                labels,
+                ref_bias,
+                temperature,
+                logit_scale=logit_scale,
+                logit_softcap=logit_softcap,
+                workspace_bytes=workspace_bytes,
+                backend=backend,
+            )
+        problem = replace(problem, ref_logps=ref_logps.reshape(-1))
+        return ops.linear_objective(problem, hidden, weight, labels, head, workspace_bytes, backend)
 
     def _problem(self, layout: Layout, ref_logps: Tensor | None, batch: dict[str, Any]) -> Problem:
         if ref_logps is not None:
