@@ -17,7 +17,7 @@ BACKENDS = [
         ),
     ),
 ]
-B, T, H, V = 4, 20, 24, 301
+B, T, H, V = 4, 5, 24, 301
 OPTIONS = {
     "plain": {},
     "bias": {"bias": True},
@@ -40,17 +40,17 @@ def device():
 
 
 class Batch:
-    def __init__(self, device, dtype=torch.float32, hidden=H, vocab=V):
+    def __init__(self, device, dtype=torch.float32, hidden=H, vocab=V, length=T):
         def draw(*shape):
             return torch.randn(*shape, device=device)
 
-        self.hidden, self.weight = draw(B, T, hidden).to(dtype), draw(vocab, hidden) / hidden**0.5
+        self.hidden, self.weight = draw(B, length, hidden).to(dtype), draw(vocab, hidden) / hidden**0.5
         self.weight = (3 * self.weight).to(dtype)
-        self.labels = torch.randint(0, vocab, (B, T), device=device)
+        self.labels = torch.randint(0, vocab, (B, length), device=device)
         self.labels[0, :3] = -100
         self.bias = draw(vocab).to(dtype)
-        self.temperature = torch.rand(B, T, device=device) + 0.6
-        self.ref_hidden = (self.hidden.float() + 0.05 * draw(B, T, hidden)).to(dtype)
+        self.temperature = torch.rand(B, length, device=device) + 0.6
+        self.ref_hidden = (self.hidden.float() + 0.05 * draw(B, length, hidden)).to(dtype)
         self.batch = {"advantages": torch.tensor([1.0, -0.7, 0.4, 2.0], device=device)}
 
     def options(self, name):
@@ -85,7 +85,7 @@ def rms(x, truth):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("rows_fitting", [B * T, 13])
+@pytest.mark.parametrize("rows_fitting", [80, 33])
 @pytest.mark.parametrize(
     "name, options",
     [
@@ -97,7 +97,7 @@ def rms(x, truth):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_error_is_at_most_that_of_eager(name, options, rows_fitting, dtype, backend, device):
     """At most 1.5 × the error from float64 of eager GEMMs and float32 softmax, same inputs."""
-    b = Batch(device, dtype)
+    b = Batch(device, dtype, length=20)  # enough rows that neither error is a matter of luck
     objective, names = OBJECTIVES[name]
     options = b.options(options)
     with torch.no_grad():
