@@ -7,7 +7,7 @@ With a frozen head it is 2F, for any loss: the gradient of a row's hidden state 
 gradient times that of a unit one, which the forward forms while it has the logits.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +30,10 @@ from humanline.ops.softmax import SoftmaxBlock
 from humanline.rows import IGNORE_INDEX
 from humanline.seam import Coefficients
 
+#: Looks at a block: the indices ``[n]`` of its rows and their logits ``[n, V]``, which it may read
+#: but neither keep nor change.
+Observer = Callable[[Tensor, Tensor], None]
+
 
 def linear_token_logps(
     hidden: Tensor,
@@ -41,6 +45,7 @@ def linear_token_logps(
     logit_scale: float = 1.0,
     logit_softcap: float | None = None,
     return_entropy: bool = False,
+    observe: Observer | None = None,
     workspace_bytes: int = WORKSPACE_BYTES,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Log-probs of ``labels`` under the head ``softmax((hidden @ weight.T + bias) / temperature)``.
@@ -56,6 +61,8 @@ def linear_token_logps(
         logit_scale: multiplies the logits.
         logit_softcap: ``cap · tanh(logits / cap)`` after the scale.
         return_entropy: also return the entropy of each row, in nats.
+        observe: looks at the logits while they are there, a block of rows at a time, without
+            gradient: for statistics a trainer logs, which would cost a GEMM of their own.
         workspace_bytes: bound of the memory for logits.
 
     Returns:
@@ -76,6 +83,7 @@ def linear_token_logps(
         labels.reshape(-1),
         head.for_rows(labels),
         return_entropy,
+        observe,
         workspace_bytes,
         _only_hidden_trains(hidden, weight, bias) and not return_entropy,
     )
@@ -105,6 +113,7 @@ def softmax_blocks(
     wanted: Tensor,
     rows: int,
     with_entropy: bool,
+    observe: Observer | None = None,
 ) -> Iterator[tuple[Tensor, HeadBlock, SoftmaxBlock]]:
     """The rows where ``wanted [N]`` holds, so many at a time: their indices, head and softmax.
 
@@ -115,6 +124,8 @@ def softmax_blocks(
     memory = workspace(weight, max(map(len, blocks), default=0))
     for index in blocks:
         block = HeadBlock(hidden, weight, head, index, memory)
+        if observe is not None:
+            observe(index, block.logits)
         yield index, block, SoftmaxBlock(block.logits, labels[index].long(), with_entropy)
 
 
@@ -158,14 +169,16 @@ def split_scale(coefficients: Coefficients) -> tuple[Tensor, Tensor | None, Tens
 class _LinearTokenLogps(torch.autograd.Function):
     @staticmethod
     @autograd.forward
-    def forward(ctx, hidden, weight, bias, labels, head, with_entropy, workspace_bytes, unit):
+    def forward(
+        ctx, hidden, weight, bias, labels, head, with_entropy, observe, workspace_bytes, unit
+    ):
         fitting = block_rows(weight, head, with_entropy, workspace_bytes)
         rows = comfortable_rows(weight, fitting)
         logps = hidden.new_zeros(len(labels), dtype=compute_dtype(weight.dtype))
         entropy = torch.zeros_like(logps) if with_entropy else None
         dh = torch.zeros_like(hidden) if unit else None
         for index, block, softmax in softmax_blocks(
-            hidden, weight, head, labels, labels != IGNORE_INDEX, rows, with_entropy
+            hidden, weight, head, labels, labels != IGNORE_INDEX, rows, with_entropy, observe
         ):
             logps[index] = softmax.logps
             if with_entropy:
@@ -183,9 +196,9 @@ class _LinearTokenLogps(torch.autograd.Function):
         if ctx.unit:
             labels, dh = ctx.saved_tensors
             active = ((g != 0) & (labels != IGNORE_INDEX))[:, None]
-            return torch.where(active, dh * g[:, None], 0).to(dh.dtype), *[None] * 7
+            return torch.where(active, dh * g[:, None], 0).to(dh.dtype), *[None] * 8
         g_entropy = g_entropy if ctx.with_entropy else None
-        return *_recompute(ctx, Coefficients(g, g_entropy)), *[None] * 5
+        return *_recompute(ctx, Coefficients(g, g_entropy)), *[None] * 6
 
 
 def _recompute(ctx, coefficients: Coefficients) -> tuple[Tensor | None, ...]:
