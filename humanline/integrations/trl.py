@@ -1,0 +1,202 @@
+"""TRL's trainers with humanline: change one import, keep arguments, datasets, logging, PEFT.
+
+>>> from humanline.integrations.trl import HumanlineDPOConfig, HumanlineDPOTrainer
+>>> args = HumanlineDPOConfig(log_eps_P=-0.5, log_eps_R=0.5, sync_every=1)  # doctest: +SKIP
+>>> HumanlineDPOTrainer(model, args=args, train_dataset=pairs).train()  # doctest: +SKIP
+
+With ``humanline=False`` they are TRL's trainers, bit for bit. :func:`apply_humanline` turns a
+trainer that someone else has built into one; :func:`patch_trl` only swaps TRL's kernels.
+"""
+
+import inspect
+from dataclasses import dataclass, field
+
+from humanline.integrations.trl_version import require_known_trl  # first: says if TRL is missing
+
+# isort: split
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, KTOConfig, KTOTrainer
+from trl.trainer.base_trainer import _BaseTrainer
+
+from humanline.integrations import trl_checks as checks
+from humanline.integrations.trl_head import patch_trl
+from humanline.integrations.trl_lookahead import LookaheadMixin
+from humanline.integrations.trl_mixin import (
+    HumanlineMixin,
+    PolicyGradientMixin,
+    PreferenceMixin,
+    SyncBeforeStep,
+    logger,
+)
+from humanline.perception import Clip, Perception
+from humanline.reference import REFERENCES
+
+__all__ = [
+    "HumanlineDPOConfig",
+    "HumanlineDPOTrainer",
+    "HumanlineGRPOConfig",
+    "HumanlineGRPOTrainer",
+    "HumanlineKTOConfig",
+    "HumanlineKTOTrainer",
+    "apply_humanline",
+    "patch_trl",
+]
+
+
+@dataclass
+class HumanlineOptions:
+    """What humanline adds to TRL's options. A config of TRL's own means these defaults."""
+
+    humanline: bool = field(
+        default=True,
+        metadata={
+            "help": "Clip each token's log-ratio upstream of the loss and sync the reference."
+        },
+    )
+    log_eps_P: float = field(
+        default=-1.5, metadata={"help": "Lower bound of a token's log-ratio, in nats."}
+    )
+    log_eps_R: float = field(
+        default=1.5, metadata={"help": "Upper bound of a token's log-ratio, in nats."}
+    )
+    sync_every: int = field(
+        default=1,
+        metadata={"help": "Optimizer steps between syncs of the reference; 0 for never."},
+    )
+    reference: str | None = field(
+        default=None,
+        metadata={
+            "help": "What holds the reference: 'copy' (a second model), 'adapter' (a second set of "
+            "the weights that train), 'lookahead' (nothing; scores batches ahead). Default: "
+            "'adapter' with PEFT, else 'copy'.",
+            "choices": list(REFERENCES),
+        },
+    )
+
+    def __post_init__(self):
+        Clip(self.log_eps_P, self.log_eps_R)  # raises where they are no bounds
+        if hasattr(super(), "__post_init__"):
+            super().__post_init__()
+
+    @property
+    def perception(self) -> Perception:
+        """The perception these options describe."""
+        return Clip(self.log_eps_P, self.log_eps_R)
+
+
+@dataclass
+class HumanlineDPOConfig(HumanlineOptions, DPOConfig):
+    """TRL's DPOConfig and :class:`HumanlineOptions`."""
+
+
+@dataclass
+class HumanlineKTOConfig(HumanlineOptions, KTOConfig):
+    """TRL's KTOConfig and :class:`HumanlineOptions`."""
+
+
+@dataclass
+class HumanlineGRPOConfig(HumanlineOptions, GRPOConfig):
+    """TRL's GRPOConfig and :class:`HumanlineOptions`."""
+
+
+class _Built(HumanlineMixin):
+    """Construction, shared by the three trainers: check, let TRL build, install."""
+
+    def __init__(self, *args, **kwargs):
+        given = inspect.signature(super().__init__).bind(*args, **kwargs).arguments
+        options = given.get("args")
+        if not isinstance(options, HumanlineOptions):
+            options = HumanlineOptions()
+        checks.check_columns(given, *self._layouts)
+        if not options.humanline:
+            super().__init__(**given)
+            return
+        require_known_trl()
+        checks.check_options(given.get("args"))
+        with checks.adapter_on_head_allowed(type(self)):
+            super().__init__(**given)
+        _install(self, options.perception, options.sync_every, options.reference)
+
+
+class HumanlineDPOTrainer(_Built, PreferenceMixin, DPOTrainer):
+    """TRL's DPOTrainer with humanline. Takes what that takes."""
+
+    _layouts = (("prompt", "chosen", "rejected"), ("chosen", "rejected"))
+
+
+class HumanlineKTOTrainer(_Built, PreferenceMixin, KTOTrainer):
+    """TRL's KTOTrainer with humanline. Takes what that takes."""
+
+    _layouts = (("prompt", "completion", "label"), ("chosen", "rejected"))
+
+
+class HumanlineGRPOTrainer(_Built, PolicyGradientMixin, GRPOTrainer):
+    """TRL's GRPOTrainer with humanline. Takes what that takes."""
+
+    _layouts = (("prompt",),)
+
+
+CLIP = Clip()
+
+#: Trainers of TRL, and what makes one of them or of their subclasses a humanline one.
+MIXINS = {
+    DPOTrainer: PreferenceMixin,
+    KTOTrainer: PreferenceMixin,
+    GRPOTrainer: PolicyGradientMixin,
+}
+
+
+def apply_humanline(
+    trainer: _BaseTrainer,
+    *,
+    perception: Perception = CLIP,
+    sync_every: int = 1,
+    reference: str | None = None,
+) -> None:
+    """Turn a trainer that is already built into a humanline one, in place. Call it before training.
+
+    Args:
+        trainer: TRL's DPOTrainer, KTOTrainer or GRPOTrainer, or an instance of a subclass.
+        perception: how log-ratios are perceived, ``Clip()`` by default; any of
+            :mod:`humanline.perception`.
+        sync_every, reference: see :class:`HumanlineOptions`.
+
+    Raises:
+        TypeError: another trainer.
+        ValueError: an option of the trainer contradicts humanline; it has humanline already.
+    """
+    require_known_trl()
+    mixin = next((mixin for base, mixin in MIXINS.items() if isinstance(trainer, base)), None)
+    checks.check_instance(trainer, mixin, MIXINS)
+    checks.check_options(trainer.args)
+    _become(trainer, mixin)
+    _install(trainer, perception, sync_every, reference)
+
+
+def _become(trainer: _BaseTrainer, mixin: type[HumanlineMixin]) -> None:
+    """Give an instance a mixin's methods."""
+    if not isinstance(trainer, mixin):
+        cls = type(trainer)
+        trainer.__class__ = type(cls.__name__, (mixin, cls), {})
+
+
+def _install(
+    trainer: HumanlineMixin, perception: Perception, sync_every: int, kind: str | None
+) -> None:
+    is_peft = hasattr(trainer.model, "peft_config")
+    kind = kind or ("adapter" if is_peft else "copy")
+    checks.check_model(trainer, kind)
+    if kind == "lookahead":
+        _become(trainer, LookaheadMixin)
+    own = {"model": trainer.ref_model} if kind == "copy" else {}
+    trainer.reference = REFERENCES[kind](trainer.model, trainer.score, sync_every, **own)
+    if kind != "copy" and isinstance(trainer, PreferenceMixin):
+        trainer.ref_model = None  # TRL loaded one; GRPO's code insists on it
+    trainer.perception = perception
+    if not trainer.is_deepspeed_enabled:
+        trainer.add_callback(SyncBeforeStep(trainer.reference))
+    logger.info(
+        f"humanline: {perception}; reference: {kind}, "
+        f"{f'synced every {sync_every} optimizer steps' if sync_every else 'never synced'}, "
+        f"holding {trainer.reference.memory_bytes() / 2**20:.1f} MiB; log-probs by humanline's "
+        "fused head"
+    )

@@ -1,0 +1,311 @@
+"""HumanlineDPOTrainer against TRL's own, and against humanline.objectives in a plain loop."""
+
+import copy
+
+import pytest
+import torch
+import trl_tiny as tiny
+from torch.testing import assert_close
+from trl import DPOConfig, DPOTrainer
+
+import humanline as hl
+from humanline.integrations.trl import HumanlineDPOConfig, HumanlineDPOTrainer, apply_humanline
+from humanline.objectives.dpo import LOSSES
+from humanline.reference import REFERENCES
+
+LOSS_TYPES = sorted(LOSSES)
+EXACT = {"rtol": 0, "atol": 0}
+CLIP = {"log_eps_P": -0.3, "log_eps_R": 0.2}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("dpo")
+
+
+def build(folder, policy=None, **options):
+    config, arguments = {}, {}
+    for name, value in options.items():
+        where = arguments if name in ("peft_config", "eval_dataset", "ref_model") else config
+        where[name] = value
+    return tiny.build(
+        HumanlineDPOTrainer, HumanlineDPOConfig, folder, tiny.pairs(), policy, config, **arguments
+    )
+
+
+@pytest.fixture(scope="module")
+def theirs(folder):
+    return tiny.build(DPOTrainer, DPOConfig, folder, tiny.pairs())
+
+
+@pytest.fixture(scope="module")
+def off(folder):
+    return build(folder, humanline=False)
+
+
+@pytest.fixture(scope="module")
+def on(folder):
+    trainer = build(folder, **CLIP)
+    tiny.disturb(trainer.model)
+    return trainer
+
+
+def set_loss(trainer, loss_type):
+    trainer.loss_types = [loss_type]
+    trainer.label_smoothing = 0.1 if loss_type in ("exo_pair", "robust") else 0.0
+
+
+def objective(loss_type="sigmoid", perception=None, **options):
+    smoothing = 0.1 if loss_type in ("exo_pair", "robust") else 0.0
+    perception = perception or hl.Clip(**CLIP)
+    return hl.DPO(loss_type=loss_type, label_smoothing=smoothing, perception=perception, **options)
+
+
+def eager(policy, batch):
+    labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
+    return tiny.eager_logps(policy, batch["input_ids"], batch["attention_mask"], labels)
+
+
+# humanline=False
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_off_is_trl_bit_for_bit(theirs, off, loss_type):
+    results = []
+    for trainer in (theirs, off):
+        set_loss(trainer, loss_type)
+        kept = copy.deepcopy(trainer.model.state_dict())
+        tiny.disturb(trainer.model)
+        results.append(tiny.loss_and_gradients(trainer, tiny.batch_of(trainer)))
+        trainer.model.load_state_dict(kept)
+    (loss, grads, metrics), (our_loss, our_grads, our_metrics) = results
+    assert_close(our_loss, loss, **EXACT)
+    assert_close(our_grads, grads, **EXACT)
+    assert our_metrics == metrics
+
+
+def test_off_trains_as_trl(folder):
+    trainers = [
+        tiny.build(DPOTrainer, DPOConfig, folder, tiny.pairs()),
+        build(folder, humanline=False),
+    ]
+    for trainer in trainers:
+        trainer.train()
+    assert tiny.history(trainers[0]) == tiny.history(trainers[1])
+    assert_close(tiny.weights(trainers[0]), tiny.weights(trainers[1]), **EXACT)
+
+
+# humanline=True: one loss
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_loss_and_gradients_are_the_objective_s(on, loss_type):
+    set_loss(on, loss_type)
+    batch = tiny.batch_of(on)
+    loss, grads, metrics = tiny.loss_and_gradients(on, batch)
+    logps, mask = eager(on.model, batch)
+    with torch.no_grad():
+        ref_logps, _ = eager(on.reference.model, batch)
+    expected, stats = objective(loss_type).from_logps(logps, ref_logps, mask)
+    expected.backward()
+    assert 0 < stats["humanline/unclamped"] < 1
+    assert_close(loss, expected.detach(), rtol=1e-5, atol=1e-6)
+    assert_close(grads, tiny.gradients(on.model), rtol=1e-4, atol=2e-6)
+    for name, value in stats.items():
+        if name in metrics:
+            assert metrics[name] == [pytest.approx(value.item(), rel=1e-4, abs=1e-6)]
+
+
+def test_bounds_that_do_not_bracket_zero(on):
+    """Padding's log-ratio stays 0 where 0 itself would be clamped."""
+    set_loss(on, "sigmoid")
+    batch = tiny.batch_of(on)
+    kept, on.perception = on.perception, hl.Clip(0.1, 0.2)
+    loss, _, _ = tiny.loss_and_gradients(on, batch)
+    on.perception = kept
+    with torch.no_grad():
+        (logps, mask), (ref_logps, _) = eager(on.model, batch), eager(on.reference.model, batch)
+        expected, _ = objective(perception=hl.Clip(0.1, 0.2)).from_logps(logps, ref_logps, mask)
+    assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+
+
+# Training
+
+
+class Recording:
+    """Keeps what each training step was given, by accumulation window."""
+
+    def __init__(self, trainer):
+        self.steps, get_batch_samples = [], trainer.get_batch_samples
+
+        def recorded(*args):
+            batches, count = get_batch_samples(*args)
+            self.steps.append(copy.deepcopy(batches))
+            return batches, count
+
+        trainer.get_batch_samples = recorded
+
+
+def plain_loop(policy, steps, sync_every, lr, clip):
+    """The rule in twenty lines: sync before the step, accumulate, clip gradients, step."""
+    reference = copy.deepcopy(policy)
+    losses = []
+    for step, batches in enumerate(steps):
+        total = 0
+        for batch in batches:
+            logps, mask = eager(policy, batch)
+            with torch.no_grad():
+                ref_logps, _ = eager(reference, batch)
+            loss, _ = objective().from_logps(logps, ref_logps, mask)
+            (loss / len(batches)).backward()
+            total += loss.item() / len(batches)
+        losses.append(total)
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), clip)
+        if step % sync_every == 0:
+            reference.load_state_dict(policy.state_dict())
+        with torch.no_grad():
+            for p in policy.parameters():
+                p.sub_(lr * p.grad)
+                p.grad = None
+    return losses
+
+
+@pytest.mark.parametrize("sync_every", [1, 2])
+def test_training_is_the_plain_loop(folder, sync_every):
+    options = {"gradient_accumulation_steps": 2, "max_grad_norm": 0.5, "max_steps": 5}
+    trainer = build(folder, sync_every=sync_every, **CLIP, **options)
+    recording = Recording(trainer)
+    trainer.train()
+    policy = tiny.model()
+    losses = plain_loop(policy, recording.steps, sync_every, tiny.OPTIONS["learning_rate"], 0.5)
+    logged = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    assert min(row.get("humanline/unclamped", 1) for row in trainer.state.log_history) < 1
+    assert logged == pytest.approx(losses, rel=1e-5)
+    assert_close(dict(policy.named_parameters()), tiny.weights(trainer), rtol=1e-4, atol=1e-5)
+
+
+def test_the_kinds_of_reference_agree(folder):
+    """Bit for bit. Accumulation leaves the last step of the epoch one batch short."""
+    options = {"sync_every": 2, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 5}
+    runs = {}
+    for kind in REFERENCES:
+        trainer = build(folder, reference=kind, max_steps=3, **options, **CLIP)
+        trainer.train()
+        runs[kind] = tiny.history(trainer), tiny.weights(trainer)
+    for kind in ("adapter", "lookahead"):
+        assert runs[kind][0] == runs["copy"][0]
+        assert_close(runs[kind][1], runs["copy"][1], **EXACT)
+
+
+@pytest.mark.parametrize("kind", REFERENCES)
+def test_resumed_run_goes_on_bit_for_bit(folder, tmp_path, kind):
+    options = {"reference": kind, "sync_every": 2, "max_steps": 6, **CLIP}
+    options |= {"save_strategy": "steps", "save_steps": 3}
+    whole = build(folder, output_dir=str(tmp_path), **options)
+    whole.train()
+    resumed = build(folder, output_dir=str(tmp_path), **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert tiny.resumed_history(resumed) == tiny.resumed_history(whole)
+    assert_close(tiny.weights(resumed), tiny.weights(whole), **EXACT)
+
+
+def test_a_checkpoint_without_reference_is_refused(folder, tmp_path):
+    options = {"output_dir": str(tmp_path), "save_strategy": "steps", "save_steps": 2}
+    build(folder, humanline=False, max_steps=2, **options).train()
+    with pytest.raises(ValueError, match="not written by a humanline trainer"):
+        build(folder, **options).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+def test_evaluation_perceives_too(folder):
+    trainer = build(folder, eval_dataset=tiny.pairs(2, seed=3), **CLIP)
+    tiny.disturb(trainer.model)
+    metrics = trainer.evaluate()
+    batch = trainer._prepare_inputs(next(iter(trainer.get_eval_dataloader())))
+    with torch.no_grad():
+        logps, mask = eager(trainer.model, batch)
+        ref_logps, _ = eager(trainer.reference.model, batch)
+        loss, stats = objective().from_logps(logps, ref_logps, mask)
+    assert metrics["eval_loss"] == pytest.approx(loss.item(), rel=1e-5)
+    name = "humanline/unclamped"
+    assert trainer.state.log_history[-1][f"eval_{name}"] == pytest.approx(stats[name].item())
+
+
+def test_apply_humanline_to_an_instance(folder):
+    """Of a subclass, whose own loss is still called."""
+
+    class Doubled(DPOTrainer):
+        def _compute_loss(self, *args, **kwargs):
+            return 2 * super()._compute_loss(*args, **kwargs)
+
+    ours = build(folder, **CLIP)
+    theirs = tiny.build(Doubled, DPOConfig, folder, tiny.pairs())
+    apply_humanline(theirs, perception=hl.Clip(**CLIP))
+    results = []
+    for trainer in (ours, theirs):
+        tiny.disturb(trainer.model)
+        results.append(tiny.loss_and_gradients(trainer, tiny.batch_of(trainer)))
+    assert_close(results[1][0], 2 * results[0][0])
+    assert results[1][2] == results[0][2]
+    assert isinstance(theirs, Doubled)
+    with pytest.raises(ValueError, match="has humanline already"):
+        apply_humanline(theirs)
+
+
+# Models and adapters
+
+
+def check_against_eager(trainer):
+    """Loss and gradients of a batch, against the model's own logits."""
+    batch = tiny.batch_of(trainer)
+    with torch.no_grad():  # the reference begins as the policy
+        ref_logps, _ = eager(trainer.model.eval(), batch)
+    tiny.disturb(trainer.model)
+    loss, grads, metrics = tiny.loss_and_gradients(trainer, batch)
+    logps, mask = eager(trainer.model.eval(), batch)
+    expected, stats = objective().from_logps(logps, ref_logps, mask)
+    expected.backward()
+    assert 0 < stats["humanline/unclamped"] < 1
+    assert metrics["humanline/unclamped"] == [pytest.approx(stats["humanline/unclamped"].item())]
+    assert_close(loss, expected.detach(), rtol=1e-5, atol=1e-6)
+    expected_grads = tiny.gradients(trainer.model)
+    assert any(g.abs().max() > 1e-5 for g in grads.values())
+    assert_close(grads, expected_grads, rtol=1e-4, atol=2e-6)
+    return metrics
+
+
+@pytest.mark.parametrize("kind", ["tied", "softcap", "scale", "bias"])
+def test_models(tmp_path, kind):
+    policy = tiny.model(kind, path=tmp_path / "model")
+    reference = tiny.model(kind)
+    check_against_eager(build(tmp_path, policy, ref_model=reference, reference="copy", **CLIP))
+
+
+LORA = {
+    "attention": {"target_modules": ["q_proj", "v_proj"]},
+    "lm_head": {"target_modules": ["q_proj", "lm_head"]},
+    "saved": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+}
+
+
+@pytest.mark.parametrize("reference", ["adapter", "copy"])
+@pytest.mark.parametrize("where", LORA)
+def test_lora(folder, where, reference):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, **LORA[where])
+    trainer = build(folder, peft_config=config, reference=reference, **CLIP)
+    check_against_eager(trainer)
+
+
+def test_lora_on_the_head_trains_and_resumes(folder, tmp_path):
+    peft = pytest.importorskip("peft")
+    options = {"output_dir": str(tmp_path), "save_strategy": "steps", "save_steps": 2, **CLIP}
+    runs = []
+    for checkpoint in (None, str(tmp_path / "checkpoint-2")):
+        config = peft.LoraConfig(r=4, **LORA["lm_head"])
+        trainer = build(folder, peft_config=config, **options)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        runs.append((tiny.resumed_history(trainer), tiny.weights(trainer)))
+    assert runs[0][0] == runs[1][0]
+    assert_close(runs[0][1], runs[1][1], **EXACT)
+    head = [w for name, w in runs[0][1].items() if "lm_head.lora_B" in name]
+    assert len(head) == 1 and head[0].abs().max() > 0
