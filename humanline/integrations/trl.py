@@ -10,6 +10,7 @@ trainer that someone else has built into one; :func:`patch_trl` only swaps TRL's
 
 import inspect
 from dataclasses import dataclass, field
+from typing import Any
 
 from humanline.integrations.trl_version import require_known_trl  # first: says if TRL is missing
 
@@ -17,6 +18,7 @@ from humanline.integrations.trl_version import require_known_trl  # first: says 
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, KTOConfig, KTOTrainer
 from trl.trainer.base_trainer import _BaseTrainer
 
+from humanline.checks import require
 from humanline.integrations import trl_checks as checks
 from humanline.integrations.trl_head import patch_trl
 from humanline.integrations.trl_lookahead import LookaheadMixin
@@ -26,6 +28,13 @@ from humanline.integrations.trl_mixin import (
     PreferenceMixin,
     SyncBeforeStep,
     logger,
+)
+from humanline.integrations.trl_offline import (
+    COLUMNS,
+    OfflineMixin,
+    check_offline,
+    dataset_reward,
+    is_offline,
 )
 from humanline.perception import Clip, Perception
 from humanline.reference import REFERENCES
@@ -95,7 +104,34 @@ class HumanlineKTOConfig(HumanlineOptions, KTOConfig):
 
 @dataclass
 class HumanlineGRPOConfig(HumanlineOptions, GRPOConfig):
-    """TRL's GRPOConfig and :class:`HumanlineOptions`."""
+    """TRL's GRPOConfig, :class:`HumanlineOptions` and ``generate_every``."""
+
+    generate_every: int | None = field(
+        default=None,
+        metadata={
+            "help": "Optimizer steps between generations. The completions for all of them are "
+            "sampled at once. Default: as steps_per_generation and generation_batch_size say."
+        },
+    )
+
+    def __post_init__(self):
+        if self.generate_every is not None:
+            self._set_steps_per_generation()
+        super().__post_init__()
+
+    def _set_steps_per_generation(self) -> None:
+        require(
+            self.generate_every > 0 and self.generate_every % self.num_iterations == 0,
+            f"generate_every must be a positive multiple of num_iterations={self.num_iterations}, "
+            f"got {self.generate_every}",
+        )
+        require(
+            self.steps_per_generation is None and self.generation_batch_size is None,
+            "generate_every says how often to generate: leave out steps_per_generation and "
+            "generation_batch_size",
+        )
+        batches = self.generate_every // self.num_iterations
+        self.steps_per_generation = batches * self.gradient_accumulation_steps
 
 
 class _Built(HumanlineMixin):
@@ -106,7 +142,7 @@ class _Built(HumanlineMixin):
         options = given.get("args")
         if not isinstance(options, HumanlineOptions):
             options = HumanlineOptions()
-        checks.check_columns(given, *self._layouts)
+        given = self._checked(given)
         if not options.humanline:
             super().__init__(**given)
             return
@@ -115,6 +151,11 @@ class _Built(HumanlineMixin):
         with checks.adapter_on_head_allowed(type(self)):
             super().__init__(**given)
         _install(self, options.perception, options.sync_every, options.reference)
+
+    def _checked(self, given: dict[str, Any]) -> dict[str, Any]:
+        """The arguments for TRL, once they have been looked at."""
+        checks.check_columns(given, *self._layouts)
+        return given
 
 
 class HumanlineDPOTrainer(_Built, PreferenceMixin, DPOTrainer):
@@ -129,10 +170,24 @@ class HumanlineKTOTrainer(_Built, PreferenceMixin, KTOTrainer):
     _layouts = (("prompt", "completion", "label"), ("chosen", "rejected"))
 
 
-class HumanlineGRPOTrainer(_Built, PolicyGradientMixin, GRPOTrainer):
-    """TRL's GRPOTrainer with humanline. Takes what that takes."""
+class HumanlineGRPOTrainer(_Built, OfflineMixin, PolicyGradientMixin, GRPOTrainer):
+    """TRL's GRPOTrainer with humanline. Takes what that takes; besides, a dataset with the columns
+    prompt, completions and rewards, from which it trains without generating."""
 
-    _layouts = (("prompt",),)
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        for name, dataset in checks.datasets_of(vars(self)):
+            checks.check_chat_template(self.processing_class, next(iter(dataset)), name)
+
+    def _checked(self, given: dict[str, Any]) -> dict[str, Any]:
+        self.offline = is_offline(given)
+        if self.offline:
+            checks.check_columns(given, COLUMNS)
+            check_offline(given)
+            return {**given, "reward_funcs": [dataset_reward]}
+        if given.get("environment_factory") is None:  # which may bring the prompts
+            checks.check_columns(given, ("prompt",))
+        return given
 
 
 CLIP = Clip()

@@ -201,3 +201,31 @@ def resumed_history(trainer) -> list[dict]:
 
 def weights(trainer) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+
+
+def prompts(n: int = 6, chat: bool = False) -> datasets.Dataset:
+    texts = [row["prompt"] for row in pairs(n)]
+    if chat:
+        texts = [[{"role": "user", "content": text}] for text in texts]
+    return datasets.Dataset.from_dict({"prompt": texts})
+
+
+def groups(n: int = 6, size: int = 4, seed: int = 0, chat: bool = False) -> datasets.Dataset:
+    """Prompts, each with completions of different lengths and rewards."""
+    rng = random.Random(seed)
+    completions = [[_text(rng, 1, 7) for _ in range(size)] for _ in range(n)]
+    if chat:
+        completions = [[[{"role": "assistant", "content": c}] for c in row] for row in completions]
+    else:
+        completions = [[" " + c for c in row] for row in completions]
+    rewards = [[rng.random() for _ in range(size)] for _ in range(n)]
+    columns = {"completions": completions, "rewards": rewards}
+    return datasets.Dataset.from_dict({"prompt": prompts(n, chat)["prompt"][:], **columns})
+
+
+def labelled(n: int = 12, seed: int = 0) -> datasets.Dataset:
+    """Prompts with a completion each, desirable or not."""
+    rng = random.Random(seed)
+    rows = [(row["prompt"], row["chosen"], rng.random() < 0.5) for row in pairs(n, seed)]
+    names = ("prompt", "completion", "label")
+    return datasets.Dataset.from_list([dict(zip(names, row, strict=True)) for row in rows])
