@@ -177,7 +177,7 @@ class HumanlineGRPOTrainer(_Built, OfflineMixin, PolicyGradientMixin, GRPOTraine
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         for name, dataset in checks.datasets_of(vars(self)):
-            checks.check_chat_template(self.processing_class, next(iter(dataset)), name)
+            checks.check_chat_template(self.processing_class, checks.first_row(dataset), name)
 
     def _checked(self, given: dict[str, Any]) -> dict[str, Any]:
         self.offline = is_offline(given)

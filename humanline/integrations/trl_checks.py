@@ -47,7 +47,10 @@ def check_options(args: Any) -> None:
 
 
 def datasets_of(arguments: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Names and datasets among a trainer's arguments; other types are TRL's to refuse."""
+    """Names and datasets among a trainer's arguments; other types are TRL's to refuse.
+
+    Whatever is not of the ``datasets`` library has no ``column_names``.
+    """
     for name in ("train_dataset", "eval_dataset"):
         given = arguments.get(name)
         parts = given.items() if isinstance(given, dict) else [(None, given)]
@@ -64,8 +67,8 @@ def check_columns(arguments: Mapping[str, Any], *layouts: tuple[str, ...]) -> No
         layouts: columns, the usual ones first; messages speak of those.
     """
     for name, dataset in datasets_of(arguments):
-        row = next(iter(dataset), None)
-        require(row is not None, f"{name} is empty")
+        row = first_row(dataset)
+        require(len(row) > 0, f"{name} is empty")
         missing = [column for column in layouts[0] if column not in row]
         require(
             any(set(layout) <= row.keys() for layout in layouts),
@@ -73,6 +76,11 @@ def check_columns(arguments: Mapping[str, Any], *layouts: tuple[str, ...]) -> No
             f"{' or '.join(', '.join(layout) for layout in layouts)}. Its first row is "
             f"{_brief(row)}",
         )
+
+
+def first_row(dataset: Any) -> Mapping[str, Any]:
+    """The first row; empty where there is none. A stream need not know its columns otherwise."""
+    return next(iter(dataset), {}) if hasattr(dataset, "column_names") else {}
 
 
 def _brief(row: Mapping[str, Any]) -> str:

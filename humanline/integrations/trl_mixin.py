@@ -65,7 +65,7 @@ class HumanlineMixin:
     # Checkpoints: the reference goes first, so that a folder with a trainer state has one.
 
     def _save_checkpoint(self, model, trial):
-        if self.humanline and self.args.should_save:
+        if self.humanline and self.args.should_save and not self.args.save_only_model:
             name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
             folder = Path(self._get_output_dir(trial=trial)) / name
             folder.mkdir(parents=True, exist_ok=True)

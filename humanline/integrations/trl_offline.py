@@ -13,15 +13,14 @@ from datasets import Dataset
 from trl.data_utils import _tokenize, common_prefix_length
 
 from humanline.checks import require
-from humanline.integrations.trl_checks import datasets_of
+from humanline.integrations.trl_checks import datasets_of, first_row
 
 COLUMNS = ("prompt", "completions", "rewards")
 
 
 def is_offline(arguments: Mapping[str, Any]) -> bool:
     """Whether the dataset among a trainer's arguments brings completions or rewards."""
-    columns = getattr(arguments.get("train_dataset"), "column_names", None) or ()
-    return bool(set(columns) & set(COLUMNS[1:]))
+    return bool(first_row(arguments.get("train_dataset")).keys() & set(COLUMNS[1:]))
 
 
 def check_offline(arguments: Mapping[str, Any]) -> None:

@@ -209,6 +209,26 @@ def test_resumed_run_goes_on_bit_for_bit(folder, tmp_path, kind):
     assert_close(tiny.weights(resumed), tiny.weights(whole), **EXACT)
 
 
+def test_under_deepspeed_the_loss_of_the_last_micro_batch_syncs(folder, monkeypatch):
+    """DeepSpeed steps inside backward(), before any callback: played by hand."""
+    trainer = tiny.build(DPOTrainer, DPOConfig, folder, tiny.pairs())
+    monkeypatch.setattr(trainer, "is_deepspeed_enabled", True)
+    apply_humanline(trainer)
+    callbacks = [type(callback).__name__ for callback in trainer.callback_handler.callbacks]
+    assert "SyncBeforeStep" not in callbacks
+    batch, reference = tiny.batch_of(trainer), trainer.reference.model
+    for step in range(2):
+        theta = tiny.weights(trainer)
+        for last in (False, True):
+            trainer.accelerator.gradient_state._set_sync_gradients(last)
+            trainer.compute_loss(trainer.model.train(), batch)
+            assert trainer.reference.step == step + last
+        tiny.disturb(trainer.model)
+        assert_close(dict(reference.named_parameters()), theta, **EXACT)
+    trainer.compute_loss(trainer.model.eval(), batch)
+    assert trainer.reference.step == 2
+
+
 def test_a_checkpoint_without_reference_is_refused(folder, tmp_path):
     options = {"output_dir": str(tmp_path), "save_strategy": "steps", "save_steps": 2}
     build(folder, humanline=False, max_steps=2, **options).train()
@@ -285,6 +305,19 @@ LORA = {
     "lm_head": {"target_modules": ["q_proj", "lm_head"]},
     "saved": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
 }
+
+
+def test_prompt_tuning(folder):
+    """Virtual tokens make the outputs longer than the labels."""
+    peft = pytest.importorskip("peft")
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    trainer = build(folder, peft_config=config, log_eps_P=0.1, log_eps_R=0.5)
+    batch = tiny.batch_of(trainer)
+    _, _, metrics = tiny.loss_and_gradients(trainer, batch)
+    # At first all log-ratios are 0, perceived as the lower bound: those of the completions alone.
+    tokens = batch["completion_mask"][:2].sum(1).double().mean().item()
+    assert metrics["rewards/chosen"] == [pytest.approx(0.1 * 0.1 * tokens, rel=1e-4)]
+    assert metrics["humanline/unclamped"] == [0]
 
 
 @pytest.mark.parametrize("reference", ["adapter", "copy"])

@@ -150,12 +150,12 @@ def test_sampling_does_not_score_what_a_sync_makes_stale(on, batch):
 # Training
 
 
-@pytest.mark.parametrize("kind", ["copy", "adapter"])
-def test_training_is_the_plain_loop(folder, kind):
-    """Accumulated with the token-weighted normaliser."""
+@pytest.mark.parametrize(("kind", "beta"), [("copy", 0.0), ("copy", 0.04), ("adapter", 0.04)])
+def test_training_is_the_plain_loop(folder, kind, beta):
+    """Accumulated with the token-weighted normaliser. With beta=0 TRL has no reference model."""
     options = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4, "sync_every": 2}
     options |= {"loss_type": "dapo", "max_grad_norm": 0.5, "max_steps": 5, "reference": kind}
-    trainer = build(folder, **options, **CLIP)
+    trainer = build(folder, beta=beta, **options, **CLIP)
     batches, compute_loss = [], trainer.compute_loss
     trainer.compute_loss = lambda model, inputs, **rest: (
         batches.append(copy.deepcopy(inputs)) or compute_loss(model, inputs, **rest)
@@ -165,7 +165,7 @@ def test_training_is_the_plain_loop(folder, kind):
     reference, unclamped = copy.deepcopy(policy), []
     for step in range(5):
         for micro in batches[2 * step : 2 * step + 2]:
-            loss, stats = expected(policy, reference, micro, loss_type="dapo")
+            loss, stats = expected(policy, reference, micro, loss_type="dapo", beta=beta)
             loss.backward()
             unclamped.append(stats["humanline/unclamped"].item())
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 0.5)
@@ -264,6 +264,17 @@ def test_offline_run_never_generates(folder, monkeypatch):
     assert metrics["eval_loss"] != 0
     logged = [row["rewards/dataset_reward/mean"] for row in trainer.state.log_history[:4]]
     assert len(set(logged)) > 1
+
+
+def test_offline_from_a_stream(folder):
+    """In the order of the dataset: the stream is neither indexed nor counted."""
+    data = tiny.groups()
+    runs = []
+    for source in (data, datasets.IterableDataset.from_generator(lambda: iter(data))):
+        trainer = build(folder, source, shuffle_dataset=False, max_steps=3, **CLIP)
+        trainer.train()
+        runs.append(tiny.weights(trainer))
+    assert_close(runs[1], runs[0], **EXACT)
 
 
 def test_offline_without_humanline(folder):
