@@ -15,6 +15,7 @@ from typing import Any
 from humanline.integrations.trl_version import require_known_trl  # first: says if TRL is missing
 
 # isort: split
+from accelerate.utils import is_peft_model
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, KTOConfig, KTOTrainer
 from trl.trainer.base_trainer import _BaseTrainer
 
@@ -37,7 +38,7 @@ from humanline.integrations.trl_offline import (
     is_offline,
 )
 from humanline.perception import Clip, Perception
-from humanline.reference import REFERENCES
+from humanline.reference import REFERENCES, Reference, ReferenceCopy
 
 __all__ = [
     "HumanlineDPOConfig",
@@ -150,7 +151,8 @@ class _Built(HumanlineMixin):
         checks.check_options(given.get("args"))
         with checks.adapter_on_head_allowed(type(self)):
             super().__init__(**given)
-        _install(self, options.perception, options.sync_every, options.reference)
+        own = type(self)  # has all it needs
+        _install(self, own, options.perception, options.sync_every, options.reference)
 
     def _checked(self, given: dict[str, Any]) -> dict[str, Any]:
         """The arguments for TRL, once they have been looked at."""
@@ -223,8 +225,7 @@ def apply_humanline(
     mixin = next((mixin for base, mixin in MIXINS.items() if isinstance(trainer, base)), None)
     checks.check_instance(trainer, mixin, MIXINS)
     checks.check_options(trainer.args)
-    _become(trainer, mixin)
-    _install(trainer, perception, sync_every, reference)
+    _install(trainer, mixin, perception, sync_every, reference)
 
 
 def _become(trainer: _BaseTrainer, mixin: type[HumanlineMixin]) -> None:
@@ -235,23 +236,34 @@ def _become(trainer: _BaseTrainer, mixin: type[HumanlineMixin]) -> None:
 
 
 def _install(
-    trainer: HumanlineMixin, perception: Perception, sync_every: int, kind: str | None
+    trainer: _BaseTrainer,
+    mixin: type[HumanlineMixin],
+    perception: Perception,
+    sync_every: int,
+    kind: str | None,
 ) -> None:
-    is_peft = hasattr(trainer.model, "peft_config")
-    kind = kind or ("adapter" if is_peft else "copy")
+    kind = kind or ("adapter" if is_peft_model(trainer.model) else "copy")
     checks.check_model(trainer, kind)
-    if kind == "lookahead":
-        _become(trainer, LookaheadMixin)
-    own = {"model": trainer.ref_model} if kind == "copy" else {}
-    trainer.reference = REFERENCES[kind](trainer.model, trainer.score, sync_every, **own)
-    if kind != "copy" and isinstance(trainer, PreferenceMixin):
-        trainer.ref_model = None  # TRL loaded one; GRPO's code insists on it
+    _become(trainer, LookaheadMixin if kind == "lookahead" else mixin)
+    trainer.reference = _make_reference(trainer, kind, sync_every)
     trainer.perception = perception
     if not trainer.is_deepspeed_enabled:
         trainer.add_callback(SyncBeforeStep(trainer.reference))
+    steps = "optimizer step" if sync_every == 1 else f"{sync_every} optimizer steps"
     logger.info(
         f"humanline: {perception}; reference: {kind}, "
-        f"{f'synced every {sync_every} optimizer steps' if sync_every else 'never synced'}, "
+        f"{f'synced every {steps}' if sync_every else 'never synced'}, "
         f"holding {trainer.reference.memory_bytes() / 2**20:.1f} MiB; log-probs by humanline's "
         "fused head"
     )
+
+
+def _make_reference(trainer: HumanlineMixin, kind: str, sync_every: int) -> Reference:
+    arguments = trainer.model, trainer.score, sync_every
+    theirs = trainer.ref_model
+    if kind == "copy":
+        theirs = None if theirs is None else trainer.accelerator.unwrap_model(theirs)
+        return ReferenceCopy(*arguments, model=theirs)
+    if isinstance(trainer, PreferenceMixin):
+        trainer.ref_model = None  # TRL has loaded one; GRPO's code insists on it
+    return REFERENCES[kind](*arguments)

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from accelerate.utils import is_peft_model
 from torch import nn
 from trl import DPOTrainer, KTOTrainer
 from trl.data_utils import is_conversational
@@ -130,9 +131,8 @@ def check_model(trainer: Any, kind: str) -> None:
         "the model's parameters are sharded (FSDP or DeepSpeed ZeRO-3), and TRL shards its "
         "reference differently: a reference cannot be copied from the policy; use DDP or ZeRO-2",
     )
-    is_peft = hasattr(trainer.model, "peft_config")
     require(
-        not (is_peft and kind != "copy" and trainer.ref_model is not None),
+        not (is_peft_model(trainer.model) and kind != "copy" and trainer.ref_model is not None),
         lambda: (
             f'reference="{kind}" begins with the policy as it is, so ref_model has no part in it: '
             'leave it out, or set reference="copy"'

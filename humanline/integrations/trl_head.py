@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from trl.trainer import utils
 
 from humanline.checks import require
-from humanline.ops import linear_token_logps, token_logps
+from humanline.ops import WORKSPACE_BYTES, linear_token_logps, token_logps
 from humanline.rows import IGNORE_INDEX
 
 # TRL's own, taken before anything is swapped.
@@ -109,11 +109,18 @@ class ChunkedLogProbFunction:
             logit_softcap=final_logit_softcapping,
             return_entropy=with_entropy,
             observe=observe if seen else None,
+            # Statistics take up to two buffers of a block's size.
+            workspace_bytes=WORKSPACE_BYTES // (3 if seen else 1),
         )
         logps = result
         if with_entropy:
             logps, seen["entropy"] = result
         return logps, *(seen.get(name) for name in STATISTICS)
+
+
+def _entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    p = logits.softmax(-1)
+    return torch.special.entr(p, out=p).sum(-1)
 
 
 def _log_sum_sq_probs(logits: Tensor, targets: Tensor) -> Tensor:
@@ -122,7 +129,7 @@ def _log_sum_sq_probs(logits: Tensor, targets: Tensor) -> Tensor:
 
 #: Statistics of a block of logits ``[n, V]``, in the order in which TRL's function returns them.
 STATISTICS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "entropy": lambda logits, targets: torch.special.entr(logits.softmax(-1)).sum(-1),
+    "entropy": _entropy,
     "log_sum_sq_probs": _log_sum_sq_probs,
     "mean_logits": lambda logits, targets: logits.mean(-1),
     "is_top1": lambda logits, targets: logits.argmax(-1) == targets,

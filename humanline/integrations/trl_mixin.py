@@ -145,7 +145,7 @@ class PreferenceMixin(HumanlineMixin):
             self.ref_model = theirs
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
-        checks.check_chat_template(processing_class, next(iter(dataset)), dataset_name)
+        checks.check_chat_template(processing_class, checks.first_row(dataset), dataset_name)
         return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
 
 
@@ -199,7 +199,7 @@ class PolicyGradientMixin(HumanlineMixin):
         c = self.perceived(logps, ref_logps, mask)
         perceived_logps = logps.detach() + (c - c.detach()).nan_to_num()
         inputs["old_per_token_logps"] = (logps - c).detach()
-        inputs["ref_per_token_logps"] = ref_logps + perceived_logps - logps
+        inputs["ref_per_token_logps"] = ref_logps + (perceived_logps - logps)
         return perceived_logps, *rest
 
     def score(self, model: nn.Module, batch: tuple[tuple, dict[str, Any]]) -> Tensor:

@@ -39,6 +39,10 @@ def check_offline(arguments: Mapping[str, Any]) -> None:
             f"{'them' if len(found) > 1 else 'it'}"
         ),
     )
+    require(
+        not getattr(args, "remove_unused_columns", False),
+        "remove_unused_columns=True would remove completions and rewards: set it to False",
+    )
     size = getattr(args, "num_generations", 8)
     sizes = {"eval_dataset": getattr(args, "num_generations_eval", None) or size}
     for name, dataset in datasets_of(arguments):

@@ -59,7 +59,10 @@ def test_the_log_says_what_is_on_once(tmp_path, caplog):
     with caplog.at_level(logging.INFO, "humanline"):
         build(tmp_path, sync_every=3, log_eps_R=0.5, max_steps=2).train()
     (message,) = [r.getMessage() for r in caplog.records if r.name.startswith("humanline")]
-    assert "Clip(log_eps_P=-1.5, log_eps_R=0.5)" in message and "copy, synced every 3" in message
+    assert (
+        "Clip(log_eps_P=-1.5, log_eps_R=0.5)" in message
+        and "copy, synced every 3 optimizer steps" in message
+    )
     assert "humanline's fused head" in message
 
 

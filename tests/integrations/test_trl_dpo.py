@@ -1,6 +1,8 @@
 """HumanlineDPOTrainer against TRL's own, and against humanline.objectives in a plain loop."""
 
 import copy
+import math
+from functools import partial
 
 import pytest
 import torch
@@ -129,59 +131,87 @@ def test_bounds_that_do_not_bracket_zero(on):
     assert_close(loss, expected, rtol=1e-5, atol=1e-6)
 
 
+F_DIVERGENCES = {
+    "forward_kl": lambda x: 1 - torch.exp(-x),
+    "js_divergence": lambda x: math.log(2) + torch.nn.functional.logsigmoid(x),
+    "alpha_divergence": lambda x: (torch.exp(-0.5 * x) - 1) / -0.5,
+}
+
+
+def perceived(trainer, batch):
+    """Perceived log-ratios of the batch, and its mask."""
+    logps, mask = eager(trainer.model, batch)
+    with torch.no_grad():
+        ref_logps, _ = eager(trainer.reference.model, batch)
+    d = torch.where(mask, logps - ref_logps, 0)
+    return torch.where(mask, d.clamp(CLIP["log_eps_P"], CLIP["log_eps_R"]), 0), mask
+
+
+@pytest.mark.parametrize("name", F_DIVERGENCES)
+def test_an_f_divergence_is_of_the_perceived_sequence_ratio(on, monkeypatch, name):
+    set_loss(on, "sigmoid")
+    monkeypatch.setattr(on, "f_divergence_type", name)
+    monkeypatch.setattr(on, "f_alpha_divergence_coef", 0.5)
+    batch = tiny.batch_of(on)
+    loss, grads, _ = tiny.loss_and_gradients(on, batch)
+    w, l = F_DIVERGENCES[name](perceived(on, batch)[0].sum(1)).chunk(2)
+    expected = -torch.nn.functional.logsigmoid(0.1 * (w - l)).mean()
+    expected.backward()
+    assert_close(loss, expected.detach(), rtol=1e-5, atol=1e-6)
+    assert_close(grads, tiny.gradients(on.model), rtol=1e-4, atol=2e-6)
+
+
+def test_ld_dpo_weighs_tokens_once_they_are_perceived(on, monkeypatch):
+    set_loss(on, "sigmoid")
+    monkeypatch.setattr(on, "ld_alpha", 0.3)
+    batch = tiny.batch_of(on)
+    loss, grads, _ = tiny.loss_and_gradients(on, batch)
+    c, mask = perceived(on, batch)
+    shared = torch.minimum(*mask.sum(1).chunk(2)).repeat(2)
+    weight = torch.where(mask.cumsum(1) <= shared[:, None], 1.0, 0.3)
+    w, l = (weight * c).sum(1).chunk(2)
+    expected = -torch.nn.functional.logsigmoid(0.1 * (w - l)).mean()
+    expected.backward()
+    assert (weight[mask] < 1).any()
+    assert_close(loss, expected.detach(), rtol=1e-5, atol=1e-6)
+    assert_close(grads, tiny.gradients(on.model), rtol=1e-4, atol=2e-6)
+
+
 # Training
-
-
-class Recording:
-    """Keeps what each training step was given, by accumulation window."""
-
-    def __init__(self, trainer):
-        self.steps, get_batch_samples = [], trainer.get_batch_samples
-
-        def recorded(*args):
-            batches, count = get_batch_samples(*args)
-            self.steps.append(copy.deepcopy(batches))
-            return batches, count
-
-        trainer.get_batch_samples = recorded
-
-
-def plain_loop(policy, steps, sync_every, lr, clip):
-    """The rule in twenty lines: sync before the step, accumulate, clip gradients, step."""
-    reference = copy.deepcopy(policy)
-    losses = []
-    for step, batches in enumerate(steps):
-        total = 0
-        for batch in batches:
-            logps, mask = eager(policy, batch)
-            with torch.no_grad():
-                ref_logps, _ = eager(reference, batch)
-            loss, _ = objective().from_logps(logps, ref_logps, mask)
-            (loss / len(batches)).backward()
-            total += loss.item() / len(batches)
-        losses.append(total)
-        torch.nn.utils.clip_grad_norm_(policy.parameters(), clip)
-        if step % sync_every == 0:
-            reference.load_state_dict(policy.state_dict())
-        with torch.no_grad():
-            for p in policy.parameters():
-                p.sub_(lr * p.grad)
-                p.grad = None
-    return losses
 
 
 @pytest.mark.parametrize("sync_every", [1, 2])
 def test_training_is_the_plain_loop(folder, sync_every):
     options = {"gradient_accumulation_steps": 2, "max_grad_norm": 0.5, "max_steps": 5}
     trainer = build(folder, sync_every=sync_every, **CLIP, **options)
-    recording = Recording(trainer)
+    batches = tiny.recorded(trainer)
     trainer.train()
-    policy = tiny.model()
-    losses = plain_loop(policy, recording.steps, sync_every, tiny.OPTIONS["learning_rate"], 0.5)
+
+    def loss_of(policy, reference, batch):
+        logps, mask = eager(policy, batch)
+        with torch.no_grad():
+            ref_logps, _ = eager(reference, batch)
+        loss, stats = objective().from_logps(logps, ref_logps, mask)
+        return loss / 2, stats
+
+    policy, losses, unclamped = tiny.plain_loop(batches, 2, sync_every, 0.5, loss_of)
+    assert unclamped < 1
     logged = [row["loss"] for row in trainer.state.log_history if "loss" in row]
-    assert min(row.get("humanline/unclamped", 1) for row in trainer.state.log_history) < 1
     assert logged == pytest.approx(losses, rel=1e-5)
     assert_close(dict(policy.named_parameters()), tiny.weights(trainer), rtol=1e-4, atol=1e-5)
+
+
+def test_without_bounds_and_sync_the_numbers_are_trl_s(folder):
+    """All that is left of humanline is its fused head."""
+    bounds = {"log_eps_P": float("-inf"), "log_eps_R": float("inf")}
+    ours = build(folder, sync_every=0, learning_rate=0.1, **bounds)
+    theirs = tiny.build(DPOTrainer, DPOConfig, folder, tiny.pairs(), options={"learning_rate": 0.1})
+    for trainer in (ours, theirs):
+        trainer.train()
+    dropped = ["humanline/unclamped"]
+    for row, expected in zip(tiny.history(ours, dropped), tiny.history(theirs), strict=True):
+        assert row == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    assert_close(tiny.weights(ours), tiny.weights(theirs), rtol=1e-4, atol=1e-6)
 
 
 def test_the_kinds_of_reference_agree(folder):
@@ -200,13 +230,7 @@ def test_the_kinds_of_reference_agree(folder):
 @pytest.mark.parametrize("kind", REFERENCES)
 def test_resumed_run_goes_on_bit_for_bit(folder, tmp_path, kind):
     options = {"reference": kind, "sync_every": 2, "max_steps": 6, **CLIP}
-    options |= {"save_strategy": "steps", "save_steps": 3}
-    whole = build(folder, output_dir=str(tmp_path), **options)
-    whole.train()
-    resumed = build(folder, output_dir=str(tmp_path), **options)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
-    assert tiny.resumed_history(resumed) == tiny.resumed_history(whole)
-    assert_close(tiny.weights(resumed), tiny.weights(whole), **EXACT)
+    tiny.check_resuming(partial(build, folder, **options), tmp_path, at=3)
 
 
 def test_under_deepspeed_the_loss_of_the_last_micro_batch_syncs(folder, monkeypatch):
@@ -331,14 +355,22 @@ def test_lora(folder, where, reference):
 
 def test_lora_on_the_head_trains_and_resumes(folder, tmp_path):
     peft = pytest.importorskip("peft")
-    options = {"output_dir": str(tmp_path), "save_strategy": "steps", "save_steps": 2, **CLIP}
-    runs = []
-    for checkpoint in (None, str(tmp_path / "checkpoint-2")):
+
+    def make(**options):
         config = peft.LoraConfig(r=4, **LORA["lm_head"])
-        trainer = build(folder, peft_config=config, **options)
-        trainer.train(resume_from_checkpoint=checkpoint)
-        runs.append((tiny.resumed_history(trainer), tiny.weights(trainer)))
-    assert runs[0][0] == runs[1][0]
-    assert_close(runs[0][1], runs[1][1], **EXACT)
-    head = [w for name, w in runs[0][1].items() if "lm_head.lora_B" in name]
-    assert len(head) == 1 and head[0].abs().max() > 0
+        return build(folder, peft_config=config, **options, **CLIP)
+
+    weights = tiny.check_resuming(make, tmp_path, at=2)
+    (head,) = [w for name, w in weights.items() if "lm_head.lora_B" in name]
+    assert head.abs().max() > 0
+
+
+def test_a_peft_model_of_the_caller_s_with_a_trained_adapter(folder):
+    """TRL adds a second adapter, "ref", which humanline leaves alone."""
+    peft = pytest.importorskip("peft")
+    policy = tiny.model(path=folder / "model")
+    policy = peft.get_peft_model(policy, peft.LoraConfig(r=4, **LORA["lm_head"]))
+    tiny.disturb(policy, seed=5)
+    trainer = build(folder, policy, **CLIP)
+    assert not any(".ref." in name for name in trainer.reference.snapshot)
+    check_against_eager(trainer)

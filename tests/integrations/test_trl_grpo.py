@@ -1,6 +1,6 @@
 """HumanlineGRPOTrainer against TRL's own, against humanline.objectives, and without generation."""
 
-import copy
+from functools import partial
 
 import datasets
 import pytest
@@ -156,37 +156,16 @@ def test_training_is_the_plain_loop(folder, kind, beta):
     options = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4, "sync_every": 2}
     options |= {"loss_type": "dapo", "max_grad_norm": 0.5, "max_steps": 5, "reference": kind}
     trainer = build(folder, beta=beta, **options, **CLIP)
-    batches, compute_loss = [], trainer.compute_loss
-    trainer.compute_loss = lambda model, inputs, **rest: (
-        batches.append(copy.deepcopy(inputs)) or compute_loss(model, inputs, **rest)
-    )
+    batches = tiny.recorded(trainer)
     trainer.train()
-    policy = tiny.model()
-    reference, unclamped = copy.deepcopy(policy), []
-    for step in range(5):
-        for micro in batches[2 * step : 2 * step + 2]:
-            loss, stats = expected(policy, reference, micro, loss_type="dapo", beta=beta)
-            loss.backward()
-            unclamped.append(stats["humanline/unclamped"].item())
-        torch.nn.utils.clip_grad_norm_(policy.parameters(), 0.5)
-        if step % 2 == 0:
-            reference.load_state_dict(policy.state_dict())
-        with torch.no_grad():
-            for p in policy.parameters():
-                p.sub_(tiny.OPTIONS["learning_rate"] * p.grad)
-                p.grad = None
-    assert min(unclamped) < 1
+    loss_of = partial(expected, loss_type="dapo", beta=beta)
+    policy, _, unclamped = tiny.plain_loop(batches, 2, 2, 0.5, loss_of)
+    assert unclamped < 1
     assert_close(dict(policy.named_parameters()), tiny.weights(trainer), rtol=1e-4, atol=1e-5)
 
 
 def test_resumed_run_goes_on_bit_for_bit(folder, tmp_path):
-    options = {"output_dir": str(tmp_path), "save_strategy": "steps", "save_steps": 2, **CLIP}
-    whole, resumed = (build(folder, **options) for _ in "12")
-    whole.train()
-    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert_close(tiny.weights(resumed), tiny.weights(whole), **EXACT)
-    losses = [[row.get("loss") for row in tiny.resumed_history(t)] for t in (whole, resumed)]
-    assert losses[0] == losses[1]
+    tiny.check_resuming(partial(build, folder, **CLIP), tmp_path, at=2)
 
 
 def test_lora_on_the_head(folder):

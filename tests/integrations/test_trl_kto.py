@@ -1,6 +1,6 @@
 """HumanlineKTOTrainer against TRL's own, and against humanline.objectives in a plain loop."""
 
-import copy
+from functools import partial
 
 import pytest
 import torch
@@ -85,25 +85,15 @@ def test_loss_and_gradients_are_the_objective_s(folder, loss_type):
 def test_training_is_the_plain_loop(folder):
     options = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
     trainer = build(folder, max_grad_norm=0.5, max_steps=5, **options, **CLIP)
-    batches, compute_loss = [], trainer.compute_loss
-    trainer.compute_loss = lambda model, inputs, **rest: (
-        batches.append(copy.deepcopy(inputs)) or compute_loss(model, inputs, **rest)
-    )
+    batches = tiny.recorded(trainer)
     trainer.train()
-    policy = tiny.model()
-    reference, unclamped = copy.deepcopy(policy), []
-    for step in range(5):
-        for micro in batches[2 * step : 2 * step + 2]:
-            loss, stats = expected(policy, reference, micro)
-            (loss / 2).backward()
-            unclamped.append(stats["humanline/unclamped"].item())
-        torch.nn.utils.clip_grad_norm_(policy.parameters(), 0.5)
-        reference.load_state_dict(policy.state_dict())
-        with torch.no_grad():
-            for p in policy.parameters():
-                p.sub_(tiny.OPTIONS["learning_rate"] * p.grad)
-                p.grad = None
-    assert min(unclamped) < 1
+
+    def loss_of(policy, reference, batch):
+        loss, stats = expected(policy, reference, batch)
+        return loss / 2, stats
+
+    policy, _, unclamped = tiny.plain_loop(batches, 2, 1, 0.5, loss_of)
+    assert unclamped < 1
     assert_close(dict(policy.named_parameters()), tiny.weights(trainer), rtol=1e-4, atol=1e-5)
 
 
@@ -120,12 +110,8 @@ def test_the_kinds_of_reference_agree(folder):
 
 @pytest.mark.parametrize("kind", REFERENCES)
 def test_resumed_run_goes_on_bit_for_bit(folder, tmp_path, kind):
-    options = {"reference": kind, "save_strategy": "steps", "save_steps": 1, "max_steps": 3, **CLIP}
-    whole, resumed = (build(folder, output_dir=str(tmp_path), **options) for _ in "12")
-    whole.train()
-    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
-    assert tiny.resumed_history(resumed) == tiny.resumed_history(whole)
-    assert_close(tiny.weights(resumed), tiny.weights(whole), **EXACT)
+    options = {"reference": kind, "max_steps": 3, **CLIP}
+    tiny.check_resuming(partial(build, folder, **options), tmp_path, at=1)
 
 
 def test_lora_with_evaluation_and_apply(folder):

@@ -1,5 +1,6 @@
 """Tiny random models, a tokenizer and data for TRL's trainers; nothing is fetched."""
 
+import copy
 import functools
 import os
 import random
@@ -193,14 +194,60 @@ def history(trainer, without=()) -> list[dict]:
     return [{k: v for k, v in row.items() if k not in dropped} for row in trainer.state.log_history]
 
 
-def resumed_history(trainer) -> list[dict]:
-    """What a resumed run must log as the whole one did: TRL counts tokens from 0 again, and the
-    last row sums up the run."""
-    return history(trainer, without=["num_tokens"])[:-1]
-
-
 def weights(trainer) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+
+
+def recorded(trainer) -> list[dict]:
+    """Will hold the inputs of each loss that the trainer computes."""
+    batches, compute_loss = [], trainer.compute_loss
+    trainer.compute_loss = lambda policy, inputs, **rest: (
+        batches.append(copy.deepcopy(inputs)) or compute_loss(policy, inputs, **rest)
+    )
+    return batches
+
+
+def plain_loop(batches, accumulation, sync_every, clip, loss_of):
+    """The rule: accumulate, clip gradients, sync before the step, step.
+
+    ``loss_of(policy, reference, batch)`` gives a micro-batch's share of the loss, and statistics.
+    Returns the policy after the last step, and each step's loss and least unclamped fraction.
+    """
+    policy = model()
+    reference, losses, unclamped = copy.deepcopy(policy), [], []
+    for step in range(len(batches) // accumulation):
+        losses.append(0)
+        for batch in batches[step * accumulation :][:accumulation]:
+            loss, stats = loss_of(policy, reference, batch)
+            loss.backward()
+            losses[-1] += loss.item()
+            unclamped.append(stats["humanline/unclamped"].item())
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), clip)
+        if sync_every and step % sync_every == 0:
+            reference.load_state_dict(policy.state_dict())
+        with torch.no_grad():
+            for p in policy.parameters():
+                p.sub_(OPTIONS["learning_rate"] * p.grad)
+                p.grad = None
+    return policy, losses, min(unclamped)
+
+
+def check_resuming(make, output_dir, at: int) -> dict[str, torch.Tensor]:
+    """A run resumed after ``at`` steps logs and ends as the whole one, bit for bit.
+
+    ``make(**options)`` builds the trainer. Returns the final weights.
+    """
+    options = {"output_dir": str(output_dir), "save_strategy": "steps", "save_steps": at}
+    runs = []
+    for checkpoint in (None, f"{output_dir}/checkpoint-{at}"):
+        trainer = make(**options)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        # TRL counts tokens from 0 again, and the last row sums up the run.
+        rows = history(trainer, without=["num_tokens", "step_time"])[:-1]
+        runs.append((rows, weights(trainer)))
+    assert runs[0][0] == runs[1][0]
+    torch.testing.assert_close(runs[0][1], runs[1][1], rtol=0, atol=0)
+    return runs[0][1]
 
 
 def prompts(n: int = 6, chat: bool = False) -> datasets.Dataset:
