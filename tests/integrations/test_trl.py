@@ -197,6 +197,7 @@ def test_adapters_on_the_head_that_cannot_be_folded(tmp_path, lora, options, mes
 def test_without_humanline_trl_refuses_an_adapter_on_the_head_as_ever(tmp_path):
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=2, target_modules=["lm_head"])
+    build(tmp_path, arguments={"peft_config": config})
     with pytest.raises(ValueError, match="Applying a PEFT adapter to `lm_head` is not supported"):
         build(tmp_path, arguments={"peft_config": config}, humanline=False)
 

@@ -217,14 +217,7 @@ def test_without_bounds_and_sync_the_numbers_are_trl_s(folder):
 def test_the_kinds_of_reference_agree(folder):
     """Bit for bit. Accumulation leaves the last step of the epoch one batch short."""
     options = {"sync_every": 2, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 5}
-    runs = {}
-    for kind in REFERENCES:
-        trainer = build(folder, reference=kind, max_steps=3, **options, **CLIP)
-        trainer.train()
-        runs[kind] = tiny.history(trainer), tiny.weights(trainer)
-    for kind in ("adapter", "lookahead"):
-        assert runs[kind][0] == runs["copy"][0]
-        assert_close(runs[kind][1], runs["copy"][1], **EXACT)
+    tiny.check_kinds_agree(partial(build, folder, max_steps=3, **options, **CLIP))
 
 
 @pytest.mark.parametrize("kind", REFERENCES)

@@ -262,9 +262,10 @@ def test_offline_without_humanline(folder):
     assert "humanline/unclamped" not in trainer.state.log_history[0]
 
 
-@pytest.mark.parametrize("every", [1, 3])
-def test_generate_every(folder, every, monkeypatch):
+@pytest.mark.parametrize(("every", "iterations"), [(1, 1), (3, 1), (2, 2)])
+def test_generate_every(folder, every, iterations, monkeypatch):
     options = {"generate_every": every, "gradient_accumulation_steps": 2, "max_steps": 6}
+    options["num_iterations"] = iterations
     trainer = build(folder, tiny.prompts(12), reward_funcs=reward, **options, **CLIP)
     at, generate = [], trainer.model.generate
     monkeypatch.setattr(

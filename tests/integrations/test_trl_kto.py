@@ -98,14 +98,7 @@ def test_training_is_the_plain_loop(folder):
 
 
 def test_the_kinds_of_reference_agree(folder):
-    runs = {}
-    for kind in REFERENCES:
-        trainer = build(folder, reference=kind, sync_every=2, max_steps=3, **CLIP)
-        trainer.train()
-        runs[kind] = tiny.history(trainer), tiny.weights(trainer)
-    for kind in ("adapter", "lookahead"):
-        assert runs[kind][0] == runs["copy"][0]
-        assert_close(runs[kind][1], runs["copy"][1], **EXACT)
+    tiny.check_kinds_agree(partial(build, folder, sync_every=2, max_steps=3, **CLIP))
 
 
 @pytest.mark.parametrize("kind", REFERENCES)

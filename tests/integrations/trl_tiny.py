@@ -22,6 +22,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from humanline.reference import REFERENCES
+
 datasets.disable_progress_bars()
 
 WORDS = [f"w{i}" for i in range(90)]
@@ -230,6 +232,18 @@ def plain_loop(batches, accumulation, sync_every, clip, loss_of):
                 p.sub_(OPTIONS["learning_rate"] * p.grad)
                 p.grad = None
     return policy, losses, min(unclamped)
+
+
+def check_kinds_agree(make) -> None:
+    """Every kind of reference trains alike, bit for bit; ``make(reference=kind)`` builds."""
+    runs = []
+    for kind in REFERENCES:
+        trainer = make(reference=kind)
+        trainer.train()
+        runs.append((history(trainer), weights(trainer)))
+    for rows, trained in runs[1:]:
+        assert rows == runs[0][0]
+        torch.testing.assert_close(trained, runs[0][1], rtol=0, atol=0)
 
 
 def check_resuming(make, output_dir, at: int) -> dict[str, torch.Tensor]:
