@@ -262,7 +262,8 @@ def _make_reference(trainer: HumanlineMixin, kind: str, sync_every: int) -> Refe
     arguments = trainer.model, trainer.score, sync_every
     theirs = trainer.ref_model
     if kind == "copy":
-        theirs = None if theirs is None else trainer.accelerator.unwrap_model(theirs)
+        if theirs is not None:
+            theirs = trainer.accelerator.unwrap_model(theirs, keep_torch_compile=False)
         return ReferenceCopy(*arguments, model=theirs)
     if isinstance(trainer, PreferenceMixin):
         trainer.ref_model = None  # TRL has loaded one; GRPO's code insists on it

@@ -9,7 +9,7 @@ import by name. :func:`patch_trl` swaps all of them in trainers that know nothin
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from functools import cache, partial
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -123,6 +123,11 @@ def _entropy(logits: Tensor, targets: Tensor) -> Tensor:
     return torch.special.entr(p, out=p).sum(-1)
 
 
+@cache  # the same object each time: torch.compile guards on what a global holds
+def _function(only: tuple[str, ...] | None, entropy_gradient: bool) -> ChunkedLogProbFunction:
+    return ChunkedLogProbFunction(only, entropy_gradient)
+
+
 def _log_sum_sq_probs(logits: Tensor, targets: Tensor) -> Tensor:
     return (2 * logits).logsumexp(-1) - 2 * logits.logsumexp(-1)
 
@@ -183,7 +188,7 @@ def fused_head(
         entropy_gradient: whether the loss differentiates the entropy. If it does not, a frozen
             head costs two GEMMs.
     """
-    undo = _swap_head(ChunkedLogProbFunction(only, entropy_gradient))
+    undo = _swap_head(_function(only, entropy_gradient))
     try:
         with _adapted(causal_model(model)):
             yield
@@ -206,7 +211,7 @@ def _swap_head(function: ChunkedLogProbFunction) -> Callable[[], None]:
     ``_use_triton``, since TRL 1.16, decides whether masked rows are dropped before the call: ours
     wants that on every device.
     """
-    ours = {"_ChunkedLogProbFunction": function, "_use_triton": lambda device: True}
+    ours = {"_ChunkedLogProbFunction": function, "_use_triton": _drop_masked_rows}
     theirs = {name: getattr(utils, name) for name in ours if hasattr(utils, name)}
 
     def put(values: dict[str, Any]) -> None:
@@ -215,6 +220,10 @@ def _swap_head(function: ChunkedLogProbFunction) -> Callable[[], None]:
 
     put(ours)
     return partial(put, theirs)
+
+
+def _drop_masked_rows(device: torch.device) -> bool:
+    return True
 
 
 # An adapter on the output head

@@ -8,6 +8,7 @@ import pytest
 import torch
 import trl_tiny as tiny
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 from trl import DPOConfig, DPOTrainer
 
 import humanline as hl
@@ -286,6 +287,49 @@ def test_apply_humanline_to_an_instance(folder):
     assert isinstance(theirs, Doubled)
     with pytest.raises(ValueError, match="has humanline already"):
         apply_humanline(theirs)
+
+
+# The fused head
+
+
+class HeadRows(TorchDispatchMode):
+    """Rows that go through a product with the output head's weight or its gradient."""
+
+    rows = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket.__name__ in ("mm", "addmm", "addmm_"):
+            a, b = args[-2:]
+            if tiny.VOCAB in (*a.shape, *b.shape):
+                self.rows += a.numel() * b.shape[1] // (tiny.VOCAB * tiny.SIZES["hidden_size"])
+        return function(*args, **(kwargs or {}))
+
+
+def head_rows(trainer):
+    """Rows through the head in a training step; completion tokens; those that are unclamped."""
+    tiny.disturb(trainer.model)
+    batch = tiny.batch_of(trainer)
+    with HeadRows() as head:
+        _, _, metrics = tiny.loss_and_gradients(trainer, batch)
+    tokens = batch["completion_mask"].sum().item()
+    return head.rows, tokens, round(metrics.get("humanline/unclamped", [1])[0] * tokens)
+
+
+def test_rows_through_the_head(folder):
+    """Reference once, policy once, and three times in the backward what was not clipped away."""
+    rows, tokens, unclamped = head_rows(build(folder, **CLIP))
+    assert 0 < unclamped < tokens
+    assert rows == 2 * tokens + 3 * unclamped
+    theirs, *_ = head_rows(tiny.build(DPOTrainer, DPOConfig, folder, tiny.pairs()))
+    assert theirs >= 5 * tokens
+
+
+def test_rows_through_a_frozen_head(folder):
+    """The hidden states' gradient is formed in the forward."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, **LORA["attention"])
+    rows, tokens, _ = head_rows(build(folder, peft_config=config, **CLIP))
+    assert rows == 3 * tokens
 
 
 # Models and adapters
