@@ -402,6 +402,16 @@ def test_lora_on_the_head_trains_and_resumes(folder, tmp_path):
     assert head.abs().max() > 0
 
 
+def test_the_kinds_of_reference_agree_with_lora(folder):
+    peft = pytest.importorskip("peft")
+
+    def make(**options):
+        config = peft.LoraConfig(r=4, **LORA["lm_head"])
+        return build(folder, peft_config=config, max_steps=3, **options, **CLIP)
+
+    tiny.check_kinds_agree(make)
+
+
 def test_a_peft_model_of_the_caller_s_with_a_trained_adapter(folder):
     """TRL adds a second adapter, "ref", which humanline leaves alone."""
     peft = pytest.importorskip("peft")
