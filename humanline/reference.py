@@ -73,6 +73,13 @@ class Reference:
         for batches in optimizer_steps:
             yield batches, self._scores(batches)
 
+    def scores(self, batches: list[Any]) -> list[Any]:
+        """The scores of micro-batches as they come, for trainers that do not hand out theirs.
+
+        A look-ahead, which holds no weights, scores with the policy as it stands.
+        """
+        return self._scores(batches)
+
     def before_step(self) -> None:
         """Gradients are ready, the optimizer is about to step: sync if it is time."""
         if self.sync_every and self.step % self.sync_every == 0:
@@ -123,11 +130,27 @@ class Reference:
 
 
 class ReferenceCopy(Reference):
-    """A second set of weights. Args, raises: see :class:`Reference`."""
+    """A second set of weights. Args, raises: see :class:`Reference`; besides:
 
-    def __init__(self, policy: nn.Module, score: Score, sync_every: int = 1):
+    Args:
+        model: the reference to begin with, which becomes this object's own; a copy of the policy
+            if None.
+
+    Raises:
+        ValueError: ``model`` has other weights than the policy.
+    """
+
+    def __init__(
+        self,
+        policy: nn.Module,
+        score: Score,
+        sync_every: int = 1,
+        model: nn.Module | None = None,
+    ):
         super().__init__(policy, score, sync_every)
-        self.model = copy.deepcopy(policy).eval().requires_grad_(False)
+        model = copy.deepcopy(policy) if model is None else model
+        _require_same_weights(_tensors(policy), _tensors(model), "model")
+        self.model = model.eval().requires_grad_(False)
 
     def _sync(self) -> None:
         _copy(list(_tensors(self.policy).values()), list(_tensors(self.model).values()))
@@ -283,13 +306,16 @@ def _copy(source: list[Tensor], target: list[Tensor]) -> None:
         torch._foreach_copy_(target, source)
 
 
-def _restore(stored: dict[str, Tensor], ours: dict[str, Tensor]) -> None:
+def _require_same_weights(ours: dict[str, Tensor], given: dict[str, Tensor], what: str) -> None:
     require(
-        ours.keys() == stored.keys()
-        and all(ours[name].shape == stored[name].shape for name in ours),
+        ours.keys() == given.keys() and all(ours[name].shape == given[name].shape for name in ours),
         lambda: (
-            "the state is that of a reference with other weights: "
-            f"{sorted(ours.keys() ^ stored.keys())[:5] or 'their shapes'} differ"
+            f"the {what} is that of a reference with other weights: "
+            f"{sorted(ours.keys() ^ given.keys())[:5] or 'their shapes'} differ"
         ),
     )
+
+
+def _restore(stored: dict[str, Tensor], ours: dict[str, Tensor]) -> None:
+    _require_same_weights(ours, stored, "state")
     _copy([stored[name] for name in ours], list(ours.values()))

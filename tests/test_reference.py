@@ -58,6 +58,22 @@ def test_it_shares_no_memory_and_takes_no_gradient():
     assert policy.embedding.weight.requires_grad and not policy.frozen.weight.requires_grad
 
 
+def test_it_can_begin_with_another_model():
+    policy, first = Model(), Model()
+    kept = snapshot(first)
+    reference = ReferenceCopy(policy, lambda model, batch: model(batch).sum(), model=first)
+    assert reference.model is first and all(
+        torch.equal(kept[name], t) for name, t in first.state_dict().items()
+    )
+    ids = torch.tensor([[1, 2], [3, 0]]).reshape(-1)
+    with torch.no_grad():
+        assert reference.scores([ids]) == [first(ids).sum()]
+    reference.before_step()
+    assert same(first, policy)
+    with pytest.raises(ValueError, match="model is that of a reference with other weights"):
+        ReferenceCopy(policy, score, model=nn.Linear(2, 3))
+
+
 def test_tied_weights_stay_tied():
     policy = Model()
     reference = ReferenceCopy(policy, score)

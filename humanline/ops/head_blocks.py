@@ -5,7 +5,7 @@ them; ``keep``, which forgets all rows but some; and ``gradient``, that of the h
 for the GEMMs of the backward.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -22,10 +22,17 @@ from humanline.ops.softmax import SoftmaxBlock
 CPU_BLOCK_ROWS = 512
 
 
+#: Looks at a block: the indices ``[n]`` of its rows and their logits ``[n, V]``, which it may read
+#: but neither keep nor change.
+Observer = Callable[[Tensor, Tensor], None]
+
+
 class TorchBlock:
     """In the logits' own memory, a pass of torch a step."""
 
-    def __init__(self, memory, hidden, weight, labels, head: Head, index, with_entropy: bool):
+    def __init__(
+        self, memory, hidden, weight, labels, head: Head, index, with_entropy: bool, observe=None
+    ):
         self.hidden, self.index, self._head = hidden[index], index, head
         z = form_logits(self.hidden, weight, memory[: len(index)])
         if head.bias is not None:
@@ -38,6 +45,8 @@ class TorchBlock:
             self._softcap_slope = (z * z).neg_().add_(1)
             z *= head.logit_softcap
         divide_by_temperature(z, head.temperature, index)
+        if observe is not None:
+            observe(index, z)
         self._softmax = SoftmaxBlock(z, labels[index].long(), with_entropy)
         self.logps, self.entropy = self._softmax.logps, self._softmax.entropy
 
@@ -71,9 +80,12 @@ class TorchBlock:
 class TritonBlock:
     """Two kernels between the GEMMs, see kernels/head_rows.py."""
 
-    def __init__(self, memory, hidden, weight, labels, head: Head, index, with_entropy: bool):
+    def __init__(
+        self, memory, hidden, weight, labels, head: Head, index, with_entropy: bool, observe=None
+    ):
         from humanline.kernels.head_rows import HeadRows
 
+        checks.require(observe is None, 'observe= needs backend="torch", which forms the logits')
         z, self._dz = memory
         self.hidden, self.index, self._kept = hidden[index], index, None
         temperature = head.temperature
@@ -143,6 +155,7 @@ def head_blocks(
     rows: int,
     with_entropy: bool,
     backend: str,
+    observe: Observer | None = None,
 ) -> Iterator[Block]:
     """The rows where ``wanted [N]`` holds, so many at a time.
 
@@ -153,4 +166,4 @@ def head_blocks(
     kind = BLOCKS[backend]
     memory = kind.memory(weight, max(map(len, blocks), default=0))
     for index in blocks:
-        yield kind(memory, hidden, weight, labels, head, index, with_entropy)
+        yield kind(memory, hidden, weight, labels, head, index, with_entropy, observe)

@@ -15,7 +15,7 @@ from humanline.dtypes import compute_dtype
 from humanline.ops.backend import choose_backend
 from humanline.ops.gemms import HeadGradients, hidden_gradient
 from humanline.ops.head import WORKSPACE_BYTES, Head, check_hidden
-from humanline.ops.head_blocks import block_rows, comfortable_rows, head_blocks
+from humanline.ops.head_blocks import Observer, block_rows, comfortable_rows, head_blocks
 from humanline.rows import IGNORE_INDEX
 from humanline.seam import Coefficients
 
@@ -30,6 +30,7 @@ def linear_token_logps(
     logit_scale: float = 1.0,
     logit_softcap: float | None = None,
     return_entropy: bool = False,
+    observe: Observer | None = None,
     workspace_bytes: int = WORKSPACE_BYTES,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -46,6 +47,8 @@ def linear_token_logps(
         logit_scale: multiplies the logits.
         logit_softcap: ``cap · tanh(logits / cap)`` after the scale.
         return_entropy: also return the entropy of each row, in nats.
+        observe: looks at the logits while they are there, a block of rows at a time, without
+            gradient: for statistics a trainer logs, which would cost a GEMM of their own.
         workspace_bytes: bound of the memory for logits.
         backend: "triton" or "torch"; None chooses by device.
 
@@ -60,6 +63,8 @@ def linear_token_logps(
     head = Head(bias, temperature, logit_scale, logit_softcap)
     check_hidden(hidden, weight, labels, head)
     hidden, weight = under_autocast(hidden, weight)
+    if observe is not None and backend is None:
+        backend = "torch"  # the kernels never have the logits as the head's options leave them
     backend = choose_backend(hidden, backend)
     rows = block_rows(weight, head, return_entropy, workspace_bytes, backend)
     logps, entropy = _LinearTokenLogps.apply(
@@ -69,6 +74,7 @@ def linear_token_logps(
         labels.reshape(-1),
         head.for_rows(labels),
         return_entropy,
+        observe,
         comfortable_rows(weight, rows),
         backend,
         _only_hidden_trains(hidden, weight, bias) and not return_entropy,
@@ -108,12 +114,15 @@ def split_scale(coefficients: Coefficients) -> tuple[Tensor, Tensor | None, Tens
 class _LinearTokenLogps(torch.autograd.Function):
     @staticmethod
     @autograd.forward
-    def forward(ctx, hidden, weight, bias, labels, head, with_entropy, rows, backend, unit):
+    def forward(
+        ctx, hidden, weight, bias, labels, head, with_entropy, observe, rows, backend, unit
+    ):
         logps = hidden.new_zeros(len(labels), dtype=compute_dtype(weight.dtype))
         entropy = torch.zeros_like(logps) if with_entropy else None
         dh = torch.zeros_like(hidden) if unit else None
         blocks = rows, with_entropy, backend
-        for block in head_blocks(hidden, weight, head, labels, labels != IGNORE_INDEX, *blocks):
+        wanted = labels != IGNORE_INDEX
+        for block in head_blocks(hidden, weight, head, labels, wanted, *blocks, observe):
             logps[block.index] = block.logps
             if with_entropy:
                 entropy[block.index] = block.entropy
@@ -129,9 +138,9 @@ class _LinearTokenLogps(torch.autograd.Function):
         if ctx.unit:
             labels, dh = ctx.saved_tensors
             active = ((g != 0) & (labels != IGNORE_INDEX))[:, None]
-            return torch.where(active, dh * g[:, None], 0).to(dh.dtype), *[None] * 8
+            return torch.where(active, dh * g[:, None], 0).to(dh.dtype), *[None] * 9
         _, with_entropy, _ = ctx.blocks
-        return *_recompute(ctx, Coefficients(g, g_entropy if with_entropy else None)), *[None] * 6
+        return *_recompute(ctx, Coefficients(g, g_entropy if with_entropy else None)), *[None] * 7
 
 
 def _recompute(ctx, coefficients: Coefficients) -> tuple[Tensor | None, ...]:

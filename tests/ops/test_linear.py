@@ -44,7 +44,10 @@ class Batch:
         def draw(*shape):
             return torch.randn(*shape, device=device)
 
-        self.hidden, self.weight = draw(B, length, hidden).to(dtype), draw(vocab, hidden) / hidden**0.5
+        self.hidden, self.weight = (
+            draw(B, length, hidden).to(dtype),
+            draw(vocab, hidden) / hidden**0.5,
+        )
         self.weight = (3 * self.weight).to(dtype)
         self.labels = torch.randint(0, vocab, (B, length), device=device)
         self.labels[0, :3] = -100
