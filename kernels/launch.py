@@ -1,6 +1,6 @@
 """What the kernels are launched with: how the rows lie in memory, how large a tile is."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -101,7 +101,7 @@ _HALF = {
     "sm_80": GemmConfig(128, 128, 32, warps=8, stages=4),
 }
 # Full float32 without tensor cores: multiply-adds from registers.
-_FULL = GemmConfig(64, 64, 16, warps=8, stages=2)
+_FULL = GemmConfig(64, 64, 16, warps=4, stages=2)
 
 
 def gemm_target(x: Tensor) -> str:
@@ -112,16 +112,19 @@ def gemm_target(x: Tensor) -> str:
     return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
 
 
-def gemm_config(dtype: torch.dtype, target: str) -> GemmConfig:
-    return _FULL if dtype == torch.float32 else _HALF[target]
+def gemm_config(dtype: torch.dtype, target: str, heavy: bool = False) -> GemmConfig:
+    """Tiles for this dtype and target; ``heavy`` leaves registers for a long epilogue."""
+    config = _FULL if dtype == torch.float32 else _HALF[target]
+    return replace(config, columns=min(config.columns, 128)) if heavy else config
 
 
-def operand(x: Tensor, rows: int, config: GemmConfig) -> Tensor | TensorDescriptor:
-    """``x [R, C]`` as a descriptor of tiles of so many rows, if its rows are aligned to 16 bytes."""
+def operand(x: Tensor, tile: tuple[int, int], config: GemmConfig) -> Tensor | TensorDescriptor:
+    """``x [R, C]`` as a descriptor of such tiles, where the target has them and rows are aligned
+    to 16 bytes; as it is elsewhere."""
     aligned = x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
     if not (config.descriptors and aligned and x.stride(0) >= x.shape[1]):
         return x
-    return TensorDescriptor(x, [*x.shape], [*x.stride()], [rows, config.depth])
+    return TensorDescriptor(x, [*x.shape], [*x.stride()], [*tile])
 
 
 def row_group(config: GemmConfig, width: int, dtype: torch.dtype) -> int:

@@ -6,8 +6,8 @@ A tile of logits lives in the registers that accumulated it, in float32. The for
 its rows' running maximum and sum and forgets it; the gradient forms it again, turns it into
 ``∂/∂logits`` and writes that once, in half precision.
 
-What an H100 SXM should make of it (NVIDIA's figures: 989 TFLOP/s dense bf16, 3.35 TB/s of HBM, 50 MB
-of L2; estimates, not measurements), for N = 8,192, V = 151,936, tiles of 128 × 256:
+What an H100 SXM should make of it (NVIDIA's figures: 989 TFLOP/s dense bf16, 3.35 TB/s of HBM,
+50 MB of L2; estimates, not measurements), for N = 8,192, V = 151,936, tiles of 128 × 256:
 
                                           H = 4096      H = 1024
     FLOPs, 2·N·V·H                        10.2e12       2.55e12
@@ -72,13 +72,23 @@ def load_tile(x, first, rows, stride, depth, DEPTH, BLOCK: tl.constexpr, DESCRIP
     By a descriptor, rows ``first …`` are read instead, zeros where there are none.
     """
     if DESCRIPTOR:
-        return x.load([first, depth])
-    at = depth + tl.arange(0, BLOCK)
-    return tl.load(x + rows[:, None] * stride + at[None, :], (at < DEPTH)[None, :], other=0.0)
+        tile = x.load([first, depth])
+    else:
+        at = depth + tl.arange(0, BLOCK)
+        tile = tl.load(x + rows[:, None] * stride + at[None, :], (at < DEPTH)[None, :], other=0.0)
+    return tile
 
 
 @triton.jit
-def tile_rows(row_tile, index_ptr, count_ptr, n, INDEX: tl.constexpr, COUNT: tl.constexpr, BLOCK):
+def tile_rows(
+    row_tile,
+    index_ptr,
+    count_ptr,
+    n,
+    INDEX: tl.constexpr,
+    COUNT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """Rows of a tile as (position in the output, row of hidden, whether there is one)."""
     position = row_tile * BLOCK + tl.arange(0, BLOCK)
     inside = position < (tl.load(count_ptr) if COUNT else n)
@@ -304,9 +314,8 @@ def _gradient(
         tl.program_id(0), tl.cdiv(n, ROWS), tl.cdiv(V, COLUMNS), group
     )
     position, source, inside = tile_rows(row_tile, index_ptr, count_ptr, n, INDEX, COUNT, ROWS)
-    if COUNT:
-        if row_tile * ROWS >= tl.load(count_ptr):
-            return
+    if row_tile * ROWS >= (tl.load(count_ptr) if COUNT else n):
+        return
     column = column_tile * COLUMNS
     z = logits_tile(
         hidden,
@@ -378,8 +387,8 @@ def _gemm_arguments(hidden: Tensor, weight: Tensor, index: Tensor | None, config
     """Operands with their strides, and whether each comes as a descriptor."""
     hidden = hidden if hidden.stride(1) == 1 else hidden.contiguous()
     weight = weight if weight.stride(1) == 1 else weight.contiguous()
-    h = operand(hidden, config.rows, config) if index is None else hidden
-    w = operand(weight, config.columns, config)
+    h = operand(hidden, (config.rows, config.depth), config) if index is None else hidden
+    w = operand(weight, (config.columns, config.depth), config)
     flags = {"HIDDEN_DESCRIPTOR": h is not hidden, "WEIGHT_DESCRIPTOR": w is not weight}
     return (h, hidden.stride(0), w, weight.stride(0)), flags
 
@@ -413,15 +422,17 @@ def linear_logps_forward(
         count: int32 scalar on the device: only the first ``count`` of the n rows are computed, the
             rest give what masked rows give. Nothing is read back to the host.
     """
-    config = gemm_config(weight.dtype, gemm_target(weight))
+    heavy = logit_softcap is not None or bias is not None
+    config = gemm_config(weight.dtype, gemm_target(weight), heavy)
     n, (vocab, width) = len(labels if index is None else index), weight.shape
     chunks, tiles_per_chunk = _chunks(vocab, config)
-    logps, row_max, row_sum, picked = hidden.new_empty(4, n, dtype=torch.float32)
+    logps, row_max, row_sum, picked = (hidden.new_empty(n, dtype=torch.float32) for _ in range(4))
     entropy = torch.empty_like(logps) if with_entropy else None
     if n == 0:
         return logps, entropy, row_max, row_sum
-    partial = hidden.new_empty(2 + with_entropy, n, chunks, dtype=torch.float32)
-    partials = (*partial, None)[:3]
+    # one allocation each: parts of one would be aligned or not with n, and compile anew
+    partials = [hidden.new_empty(n, chunks, dtype=torch.float32) for _ in range(2 + with_entropy)]
+    partials = (*partials, None)[:3]
     labels, index = dense(labels), dense(index)
     operands, descriptors = _gemm_arguments(hidden, weight, index, config)
     rows = {
@@ -506,7 +517,8 @@ def linear_logits_gradient(
         out: contiguous ``[n, V]`` (or more rows) to write to; one in ``dtype`` (the weight's, if
             None) is made otherwise.
     """
-    config = gemm_config(weight.dtype, gemm_target(weight))
+    heavy = logit_softcap is not None or of_entropy is not None
+    config = gemm_config(weight.dtype, gemm_target(weight), heavy)
     n, (vocab, width) = len(labels if index is None else index), weight.shape
     if out is None:
         out = hidden.new_empty(n, vocab, dtype=dtype or weight.dtype)
