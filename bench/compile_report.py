@@ -21,7 +21,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from humanline.kernels import linear_logps, matmul, scale, token_logps, token_loss
+from humanline.kernels import linear_logps, matmul, scale, sequence_loss, token_logps, token_loss
 from humanline.kernels.launch import GemmConfig, gemm_config, row_config
 
 TARGETS = {
@@ -32,7 +32,7 @@ TARGETS = {
 }
 TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 INTEGERS = {
-    *("V", "H", "n", "rows", "chunks", "tiles_per_chunk", "group"),
+    *("V", "H", "n", "rows", "rows_per_sequence", "chunks", "tiles_per_chunk", "group"),
     *("row_stride", "rows_per_batch", "batch_stride_rows"),
     *("hidden_stride", "weight_stride", "dz_stride", "out_stride"),
 }
@@ -47,21 +47,23 @@ VARIANTS = {
     "loss, entropy": (token_loss._token_loss, {"KIND": 0, "PENALTY": 3, "ENTROPY": True}),
     "loss, NLL": (token_loss._token_loss, {"KIND": 3, "PENALTY": 0, "ENTROPY": False}),
     "scale": (scale._scale, {"BLOCK": 8192}),
+    "pairs": (sequence_loss._sequence_loss, {"KIND": "sigmoid", "PAIRED": True}),
+    "sequences": (sequence_loss._sequence_loss, {"KIND": "kto", "PAIRED": False}),
 }
-# The GEMMs: with the constants, whether the epilogue is heavy and hidden states are gathered.
+# The GEMMs, with the constants that are not False.
 GATHERED = {"INDEX": True, "COUNT": True}
 EVERYTHING = {"BIAS": True, "SOFTCAP": True, "ENTROPY": True, "TEMPERATURE_PER_ROW": True}
 GEMMS = {
-    "head": (linear_logps._forward, {}, False),
-    "head, entropy": (linear_logps._forward, {"ENTROPY": True}, False),
-    "head, gathered": (linear_logps._forward, GATHERED, False),
-    "head, all": (linear_logps._forward, {**EVERYTHING, **GATHERED}, True),
-    "dz": (linear_logps._gradient, {}, False),
-    "dz, entropy": (linear_logps._gradient, {"ENTROPY": True, "COEFFICIENT": True}, True),
-    "dz, gathered": (linear_logps._gradient, GATHERED, False),
-    "dz, all": (linear_logps._gradient, {**EVERYTHING, **GATHERED, "COEFFICIENT": True}, True),
-    "dH": (matmul._hidden_gradient, {"SCALE": True, "INDEX": True}, False),
-    "dW": (matmul._weight_gradient, {}, True),
+    "head": (linear_logps._forward, {}),
+    "head, entropy": (linear_logps._forward, {"ENTROPY": True}),
+    "head, gathered": (linear_logps._forward, GATHERED),
+    "head, all": (linear_logps._forward, {**EVERYTHING, **GATHERED}),
+    "dz": (linear_logps._gradient, {}),
+    "dz, entropy": (linear_logps._gradient, {"ENTROPY": True, "COEFFICIENT": True}),
+    "dz, gathered": (linear_logps._gradient, GATHERED),
+    "dz, all": (linear_logps._gradient, {**EVERYTHING, **GATHERED, "COEFFICIENT": True}),
+    "dH": (matmul._hidden_gradient, {"SCALE": True, "INDEX": True}),
+    "dW": (matmul._weight_gradient, {}),
 }
 # How tiles are loaded and multiplied: what the machine code calls it, what the report does.
 INSTRUCTIONS = {
@@ -91,19 +93,22 @@ def compile_variant(name: str, target: str, vocab: int, dtype: str, aligned: boo
         return _compile_gemm(name, target, dtype, aligned)
     function, constants = VARIANTS[name]
     config = row_config(vocab, TORCH_DTYPES[dtype])
-    warps = config.pop("num_warps") if "LANES" in function.arg_names else 8
+    warps = config.pop("num_warps")
+    if "LANES" not in function.arg_names:
+        warps = 8 if name == "scale" else 4
     if TARGETS[target].backend == "hip":
         warps //= 2
     defaults = {"TEMPERATURE_PER_ROW": False, "ON_POLICY": False, **config}
+    defaults |= {"PER_TOKEN": True, "PACKED": True, "BLOCK": 1024}
     constants = {**{k: v for k, v in defaults.items() if k in function.arg_names}, **constants}
     types = {a: _type(a, dtype) for a in function.arg_names}
     return _compile(name, target, function, constants, types, aligned, num_warps=warps)
 
 
 def _compile_gemm(name: str, target: str, dtype: str, aligned: bool) -> Report:
-    function, constants, heavy = GEMMS[name]
+    function, constants = GEMMS[name]
     row = "gfx" if TARGETS[target].backend == "hip" else target
-    config = gemm_config(TORCH_DTYPES[dtype], row, heavy)
+    config = gemm_config(TORCH_DTYPES[dtype], row, _columns(function, constants))
     tiles = config.launch
     options = {option: tiles.pop(option) for option in ("num_warps", "num_stages")}
     types = {a: _type(a, dtype) for a in function.arg_names}
@@ -113,6 +118,16 @@ def _compile_gemm(name: str, target: str, dtype: str, aligned: bool) -> Report:
     for flag in (f for f in flags if f.endswith("_DESCRIPTOR")):
         constants[flag] = types[flag.removesuffix("_DESCRIPTOR").lower()].startswith("tensordesc")
     return _compile(name, target, function, {**tiles, **constants}, types, aligned, **options)
+
+
+def _columns(function, constants: dict) -> int:
+    """The bound on columns that the launcher sets."""
+    softcap = "SOFTCAP" in constants
+    if function is linear_logps._forward:
+        return linear_logps.forward_columns("BIAS" in constants, softcap)
+    if function is linear_logps._gradient:
+        return linear_logps.gradient_columns("ENTROPY" in constants, softcap)
+    return 128 if function is matmul._weight_gradient else 256
 
 
 def _operands(function, constants: dict, config: GemmConfig, dtype: str, descriptors: bool) -> dict:
@@ -147,10 +162,12 @@ def _compile(name, target, function, constants: dict, types: dict, aligned: bool
 def _type(argument: str, dtype: str) -> str:
     if argument in ("logits_ptr", "grad_ptr", "x_ptr", "dz_ptr", "hidden_ptr", "out_ptr"):
         return f"*{dtype}"
-    if argument in ("labels_ptr", "index_ptr"):
+    if argument in ("labels_ptr", "index_ptr", "cu_seqlens_ptr"):
         return "*i64"
     if argument == "count_ptr":
         return "*i32"
+    if argument in ("mask_ptr", "desirable_ptr"):
+        return "*i1"
     if argument == "temperature_ptr":
         return "*fp64"
     if argument.endswith("_ptr"):

@@ -112,10 +112,10 @@ def gemm_target(x: Tensor) -> str:
     return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
 
 
-def gemm_config(dtype: torch.dtype, target: str, heavy: bool = False) -> GemmConfig:
-    """Tiles for this dtype and target; ``heavy`` leaves registers for a long epilogue."""
+def gemm_config(dtype: torch.dtype, target: str, columns: int = 256) -> GemmConfig:
+    """Tiles for this dtype and target, at most so many columns: a long epilogue needs registers."""
     config = _FULL if dtype == torch.float32 else _HALF[target]
-    return replace(config, columns=min(config.columns, 128)) if heavy else config
+    return replace(config, columns=min(config.columns, columns))
 
 
 def operand(x: Tensor, tile: tuple[int, int], config: GemmConfig) -> Tensor | TensorDescriptor:

@@ -43,12 +43,13 @@ from .launch import GemmConfig, dense, gemm_config, gemm_target, operand, row_gr
 from .rows import (
     LOG2E,
     add_tile,
-    inverse_temperature,
+    head_options,
     logit_gradient,
     merge,
     one_minus_exp,
     row_entropy,
 )
+from .token_logps import inverse_temperature
 
 _MAX_CHUNKS = 64
 _LENGTHS = ["n", "group"]
@@ -100,14 +101,6 @@ def tile_rows(
 
 
 @triton.jit
-def tanh(x):
-    """By ``1 − e^(−2|x|)``, which keeps its digits at 0."""
-    u = one_minus_exp(-2.0 * tl.abs(x))
-    y = u / (2.0 - u)
-    return tl.where(x < 0, -y, y)
-
-
-@triton.jit
 def logits_tile(
     hidden,
     hidden_stride,
@@ -130,7 +123,10 @@ def logits_tile(
     DEPTH: tl.constexpr,
 ):
     """Logits ``[ROWS, COLUMNS]`` of rows ``row …`` (by pointer: ``source``) and columns
-    ``column …``, before the temperature. Beyond V they are those of other columns, or 0."""
+    ``column …``, before the temperature, and their slopes by the product, see head_options.
+
+    Beyond V they are those of other columns, or 0.
+    """
     columns = column + tl.arange(0, COLUMNS)
     weight_rows = tl.minimum(columns, V - 1).to(tl.int64)
     z = tl.zeros([ROWS, COLUMNS], tl.float32)
@@ -138,12 +134,15 @@ def logits_tile(
         h = load_tile(hidden, row, source, hidden_stride, k, H, DEPTH, HIDDEN_DESCRIPTOR)
         w = load_tile(weight, column, weight_rows, weight_stride, k, H, DEPTH, WEIGHT_DESCRIPTOR)
         z = tl.dot(h, w.T, z, input_precision="ieee")
-    if BIAS:
-        z += tl.load(bias_ptr + weight_rows).to(tl.float32)[None, :]
-    z *= logit_scale
-    if SOFTCAP:
-        z = logit_softcap * tanh(z / logit_softcap)
-    return z
+    return head_options(
+        z,
+        columns[None, :],
+        (columns < V)[None, :],
+        bias_ptr if BIAS else None,
+        logit_scale,
+        logit_softcap,
+        SOFTCAP,
+    )
 
 
 @triton.jit(do_not_specialize=_LENGTHS)
@@ -195,7 +194,7 @@ def _forward(
     first = chunk * tiles_per_chunk * COLUMNS
     last = tl.minimum(first + tiles_per_chunk * COLUMNS, V)
     for column in range(first, last, COLUMNS):
-        z = logits_tile(
+        z, _ = logits_tile(
             hidden,
             hidden_stride,
             weight,
@@ -317,7 +316,7 @@ def _gradient(
     if row_tile * ROWS >= (tl.load(count_ptr) if COUNT else n):
         return
     column = column_tile * COLUMNS
-    z = logits_tile(
+    z, slope = logits_tile(
         hidden,
         hidden_stride,
         weight,
@@ -367,13 +366,19 @@ def _gradient(
         g_entropy[:, None],
         ENTROPY,
     )
-    dz *= (inverse * logit_scale)[:, None]
-    if SOFTCAP:
-        y = z / logit_softcap
-        dz *= 1.0 - y * y
+    dz *= inverse[:, None] * slope
     dz = tl.where(active[:, None], dz, 0.0).to(dz_ptr.dtype.element_ty)
     out = dz_ptr + position.to(tl.int64)[:, None] * V + columns[None, :]
     tl.store(out, dz, (position < n)[:, None] & (columns < V)[None, :])
+
+
+def forward_columns(bias: bool, softcap: bool) -> int:
+    """Columns of a tile that leave the epilogue enough registers, by bench/compile_report.py."""
+    return 128 if bias or softcap else 256
+
+
+def gradient_columns(entropy: bool, softcap: bool) -> int:
+    return 64 if softcap else 128 if entropy else 256
 
 
 def _chunks(vocab: int, config: GemmConfig) -> tuple[int, int]:
@@ -422,8 +427,8 @@ def linear_logps_forward(
         count: int32 scalar on the device: only the first ``count`` of the n rows are computed, the
             rest give what masked rows give. Nothing is read back to the host.
     """
-    heavy = logit_softcap is not None or bias is not None
-    config = gemm_config(weight.dtype, gemm_target(weight), heavy)
+    columns = forward_columns(bias is not None, logit_softcap is not None)
+    config = gemm_config(weight.dtype, gemm_target(weight), columns)
     n, (vocab, width) = len(labels if index is None else index), weight.shape
     chunks, tiles_per_chunk = _chunks(vocab, config)
     logps, row_max, row_sum, picked = (hidden.new_empty(n, dtype=torch.float32) for _ in range(4))
@@ -517,8 +522,8 @@ def linear_logits_gradient(
         out: contiguous ``[n, V]`` (or more rows) to write to; one in ``dtype`` (the weight's, if
             None) is made otherwise.
     """
-    heavy = logit_softcap is not None or of_entropy is not None
-    config = gemm_config(weight.dtype, gemm_target(weight), heavy)
+    columns = gradient_columns(of_entropy is not None, logit_softcap is not None)
+    config = gemm_config(weight.dtype, gemm_target(weight), columns)
     n, (vocab, width) = len(labels if index is None else index), weight.shape
     if out is None:
         out = hidden.new_empty(n, vocab, dtype=dtype or weight.dtype)

@@ -173,7 +173,7 @@ def add_weight_gradient_(total: Tensor, dz: Tensor, hidden: Tensor, count: Tenso
             dtype of ``dz``, rows contiguous.
         count: int32 scalar on the device. What lies beyond it in dz and hidden is not looked at.
     """
-    config = gemm_config(dz.dtype, gemm_target(dz), heavy=True)
+    config = gemm_config(dz.dtype, gemm_target(dz), columns=128)
     vocab, width = total.shape
     with torch.cuda.device_of(total):
         _weight_gradient[(triton.cdiv(vocab, config.rows) * triton.cdiv(width, config.columns),)](

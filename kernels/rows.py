@@ -21,13 +21,52 @@ def row_offset(row, rows_per_batch, batch_stride_rows, row_stride):
 
 
 @triton.jit
-def inverse_temperature(temperature_ptr, row, PER_ROW: tl.constexpr):
-    return 1.0 / tl.load(temperature_ptr + (row if PER_ROW else 0)).to(tl.float32)
+def row_value(ptr, row, PRESENT: tl.constexpr, otherwise):
+    """A row's value, or ``otherwise`` where there is no such tensor."""
+    if PRESENT:
+        return tl.load(ptr + row).to(tl.float32)
+    return otherwise
 
 
 @triton.jit
 def tile_columns(LANES: tl.constexpr, PER_LANE: tl.constexpr):
     return tl.arange(0, LANES)[:, None] * PER_LANE + tl.arange(0, PER_LANE)[None, :]
+
+
+@triton.jit
+def one_minus_exp(x):
+    """``1 − e^x`` for ``x ≤ 0``, exact where ``x → 0`` and the difference would cancel."""
+    series = 1.0 + x * (1.0 / 8)
+    series = 1.0 + x * (1.0 / 7) * series
+    series = 1.0 + x * (1.0 / 6) * series
+    series = 1.0 + x * (1.0 / 5) * series
+    series = 1.0 + x * (1.0 / 4) * series
+    series = 1.0 + x * (1.0 / 3) * series
+    series = 1.0 + x * (1.0 / 2) * series
+    return tl.where(x > -0.25, -x * series, 1.0 - tl.exp(x))
+
+
+@triton.jit
+def tanh_and_slope(x):
+    """``tanh x`` and ``1 − tanh² x``, both to the last digits at either end."""
+    e = tl.exp(-2.0 * tl.abs(x))
+    tanh = one_minus_exp(-2.0 * tl.abs(x)) / (1.0 + e)
+    return tl.where(x < 0, -tanh, tanh), 4.0 * e / ((1.0 + e) * (1.0 + e))
+
+
+@triton.jit
+def head_options(z, columns, inside, bias_ptr, logit_scale, logit_softcap, SOFTCAP: tl.constexpr):
+    """Logits from a head's product ``z`` at these columns, and ``d logits / dz``: ``+ bias``,
+    ``· logit_scale``, ``logit_softcap · tanh(· / logit_softcap)``."""
+    if bias_ptr is not None:
+        z += tl.load(bias_ptr + columns, inside, other=0.0).to(tl.float32)
+    z *= logit_scale
+    slope = logit_scale
+    if SOFTCAP:
+        tanh, tanh_slope = tanh_and_slope(z / logit_softcap)
+        z = logit_softcap * tanh
+        slope = logit_scale * tanh_slope
+    return z, slope
 
 
 @triton.jit
@@ -60,7 +99,16 @@ def merge(m, s, t, scale, ENTROPY: tl.constexpr):
 
 @triton.jit
 def row_statistics(
-    row_ptr, V, scale, ENTROPY: tl.constexpr, LANES: tl.constexpr, PER_LANE: tl.constexpr
+    row_ptr,
+    V,
+    scale,
+    ENTROPY: tl.constexpr,
+    LANES: tl.constexpr,
+    PER_LANE: tl.constexpr,
+    bias_ptr=None,
+    logit_scale=1.0,
+    logit_softcap=0.0,
+    SOFTCAP: tl.constexpr = False,
 ):
     """Maximum ``m`` of the row ``z``, ``s = Σ 2^((z−m) scale)``, and with ENTROPY
     ``t = Σ 2^((z−m) scale) (z−m)``.
@@ -80,16 +128,30 @@ def row_statistics(
             mask=inside,
             other=float("-inf"),
             eviction_policy="evict_last",
+        ).to(tl.float32)
+        z, _ = head_options(
+            z, start + columns, inside, bias_ptr, logit_scale, logit_softcap, SOFTCAP
         )
-        z = tl.where(inside, z.to(tl.float32), float("-inf"))
+        z = tl.where(inside, z, float("-inf"))
         m, s, t = add_tile(m, s, t, z, scales, ENTROPY)
     return merge(m, s, t, scale, ENTROPY)
 
 
 @triton.jit
-def label_logp(row_ptr, label, inverse_temperature, m, s):
+def label_logp(
+    row_ptr,
+    label,
+    inverse_temperature,
+    m,
+    s,
+    bias_ptr=None,
+    logit_scale=1.0,
+    logit_softcap=0.0,
+    SOFTCAP: tl.constexpr = False,
+):
     """Log-prob in nats of the label, from the row's statistics."""
     z = tl.load(row_ptr + label).to(tl.float32)
+    z, _ = head_options(z, label, True, bias_ptr, logit_scale, logit_softcap, SOFTCAP)
     return (z - m) * inverse_temperature - tl.log(s)
 
 
@@ -97,19 +159,6 @@ def label_logp(row_ptr, label, inverse_temperature, m, s):
 def row_entropy(inverse_temperature, s, t):
     """Entropy in nats, from the row's statistics."""
     return tl.log(s) - t / s * inverse_temperature
-
-
-@triton.jit
-def one_minus_exp(x):
-    """``1 − e^x`` for ``x ≤ 0``, exact where ``x → 0`` and the difference would cancel."""
-    series = 1.0 + x * (1.0 / 8)
-    series = 1.0 + x * (1.0 / 7) * series
-    series = 1.0 + x * (1.0 / 6) * series
-    series = 1.0 + x * (1.0 / 5) * series
-    series = 1.0 + x * (1.0 / 4) * series
-    series = 1.0 + x * (1.0 / 3) * series
-    series = 1.0 + x * (1.0 / 2) * series
-    return tl.where(x > -0.25, -x * series, 1.0 - tl.exp(x))
 
 
 @triton.jit
@@ -154,10 +203,15 @@ def write_gradient(
     ENTROPY: tl.constexpr,
     LANES: tl.constexpr,
     PER_LANE: tl.constexpr,
+    bias_ptr=None,
+    logit_scale=1.0,
+    logit_softcap=0.0,
+    SOFTCAP: tl.constexpr = False,
 ):
     """Write ``(g (onehot − p) + g_entropy (−p log p − p H)) / temperature``, each element once.
 
-    ``m`` and ``s`` are the row's statistics, ``logp`` and ``entropy`` in nats.
+    ``m`` and ``s`` are the row's statistics, ``logp`` and ``entropy`` in nats. The gradient is that
+    of the head's product where options of the head are given, see head_options.
     """
     scale = inverse_temperature * LOG2E
     log2_s = tl.log2(s)
@@ -170,9 +224,12 @@ def write_gradient(
             mask=inside,
             other=float("-inf"),
             eviction_policy="evict_first",
+        ).to(tl.float32)
+        z, slope = head_options(
+            z, start + columns, inside, bias_ptr, logit_scale, logit_softcap, SOFTCAP
         )
         grad = logit_gradient(
-            z.to(tl.float32),
+            z,
             start + columns == label,
             at_label,
             m,
@@ -183,7 +240,7 @@ def write_gradient(
             g_entropy,
             ENTROPY,
         )
-        grad = (grad * inverse_temperature).to(grad_ptr.dtype.element_ty)
+        grad = (grad * inverse_temperature * slope).to(grad_ptr.dtype.element_ty)
         tl.store(grad_ptr + start + columns, grad, inside)
 
 

@@ -161,6 +161,8 @@ NO_VALUES = [  # objective and batch arguments, on a device whose tensors hold n
     (hl.PPO(entropy_coef=0.1), {"advantages": (2, 5)}),
     (hl.SFT(), {}),
     (hl.DPO(perception=hl.Clip(-1, 1), loss_type=("sigmoid", "ipo")), {}),
+    (hl.DPO(perception=hl.Clip(-1, 1)), {}),
+    (hl.KTO(perception=hl.Clip(-1, 1)), {"desirable": (2,)}),
     (hl.DPO(perception=hl.ProspectWeight()), {}),
     (hl.DPO(perception=hl.BetaRejection(seed=1)), {}),
     (hl.SimPO(), {}),
@@ -179,6 +181,8 @@ def test_from_logits_with_kernels_reads_nothing_back(objective, shapes, packed, 
         logits = torch.empty(*rows, V, requires_grad=True)
         labels, ref_logps = torch.empty(rows, dtype=torch.long), torch.empty(rows)
         batch = {name: torch.empty(shape) for name, shape in shapes.items()}
+        if isinstance(objective, hl.KTO):
+            batch["z0"] = torch.empty(())
         if packed:
             batch["cu_seqlens"] = torch.empty(3, dtype=torch.int32)
         loss, stats = objective.from_logits(logits, labels, ref_logps, temperature=0.7, **batch)
