@@ -1,9 +1,10 @@
-"""What every row kernel is launched with: how the rows lie in memory, how wide a tile is."""
+"""What the kernels are launched with: how the rows lie in memory, how large a tile is."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 
 @dataclass(frozen=True)
@@ -61,3 +62,71 @@ def row_config(vocab: int, dtype: torch.dtype) -> dict[str, int]:
     else:
         lanes = 32 * warps
     return {"LANES": lanes, "PER_LANE": 32 // max(dtype.itemsize, 2), "num_warps": warps}
+
+
+@dataclass(frozen=True)
+class GemmConfig:
+    """Tiles of a GEMM ``[N, H] @ [V, H]ᵀ``: ``rows`` of N × ``columns`` of V × ``depth`` of H.
+
+    ``descriptors`` says whether the target loads tiles by TMA.
+    """
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+    descriptors: bool = False
+
+    @property
+    def launch(self) -> dict[str, int]:
+        return {
+            "ROWS": self.rows,
+            "COLUMNS": self.columns,
+            "DEPTH": self.depth,
+            "num_warps": self.warps,
+            "num_stages": self.stages,
+        }
+
+
+# Chosen by reasoning (see linear_logps.py) and by bench/compile_report.py: no registers spilled.
+# - sm_90: what two warpgroups can accumulate, four stages of 48 kB.
+# - sm_100: the accumulator is in tensor memory, the rest the same.
+# - others: 128 × 128 in 64 kB of shared memory, which sm_86, sm_89, sm_120 and gfx942 have too.
+# A row's numbers must not depend on the number of rows, so a tile does not either.
+_HALF = {
+    "sm_90": GemmConfig(128, 256, 64, warps=8, stages=4, descriptors=True),
+    "sm_100": GemmConfig(128, 256, 64, warps=8, stages=4, descriptors=True),
+    "gfx": GemmConfig(128, 128, 64, warps=8, stages=2),
+    "sm_80": GemmConfig(128, 128, 32, warps=8, stages=4),
+}
+# Full float32 without tensor cores: multiply-adds from registers.
+_FULL = GemmConfig(64, 64, 16, warps=4, stages=2)
+
+
+def gemm_target(x: Tensor) -> str:
+    """The row of the table for the device of ``x``; Triton's interpreter runs sm_90's tiles."""
+    if torch.version.hip:
+        return "gfx"
+    major = torch.cuda.get_device_capability(x.device)[0] if x.is_cuda else 9
+    return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
+
+
+def gemm_config(dtype: torch.dtype, target: str, columns: int = 256) -> GemmConfig:
+    """Tiles for this dtype and target, at most so many columns: a long epilogue needs registers."""
+    config = _FULL if dtype == torch.float32 else _HALF[target]
+    return replace(config, columns=min(config.columns, columns))
+
+
+def operand(x: Tensor, tile: tuple[int, int], config: GemmConfig) -> Tensor | TensorDescriptor:
+    """``x [R, C]`` as a descriptor of such tiles, where the target has them and rows are aligned
+    to 16 bytes; as it is elsewhere."""
+    aligned = x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
+    if not (config.descriptors and aligned and x.stride(0) >= x.shape[1]):
+        return x
+    return TensorDescriptor(x, [*x.shape], [*x.stride()], [*tile])
+
+
+def row_group(config: GemmConfig, width: int, dtype: torch.dtype) -> int:
+    """Row tiles that run together: as many as 16 MiB of L2 hold the hidden states of."""
+    return max(16 * 2**20 // (config.rows * width * dtype.itemsize), 1)

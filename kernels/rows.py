@@ -70,6 +70,34 @@ def head_options(z, columns, inside, bias_ptr, logit_scale, logit_softcap, SOFTC
 
 
 @triton.jit
+def add_tile(m, s, t, z, scale, ENTROPY: tl.constexpr):
+    """The statistics ``m, s, t [R]`` (see row_statistics) with a tile ``z [R, C]`` added."""
+    m_new = tl.maximum(m, tl.max(z, 1))
+    finite = tl.where(m_new == float("-inf"), 0.0, m_new)
+    e = tl.exp2((z - finite[:, None]) * scale[:, None])
+    shrink = tl.exp2((m - finite) * scale)
+    if ENTROPY:
+        moved = tl.where(s > 0, s * (m - finite), 0.0)
+        t = (t + moved) * shrink
+        t += tl.sum(tl.where(e > 0, e * (z - finite[:, None]), 0.0), 1)
+    return m_new, s * shrink + tl.sum(e, 1), t
+
+
+@triton.jit
+def merge(m, s, t, scale, ENTROPY: tl.constexpr):
+    """One row's statistics from those ``[R]`` of its parts."""
+    top = tl.max(m, 0)
+    finite = tl.where(top == float("-inf"), 0.0, top)
+    shrink = tl.exp2((m - finite) * scale)
+    if ENTROPY:
+        moved = tl.where(s > 0, s * (m - finite), 0.0)
+        t_all = tl.sum(tl.where(s > 0, (t + moved) * shrink, 0.0), 0)
+    else:
+        t_all = 0.0
+    return top, tl.sum(s * shrink, 0), t_all
+
+
+@triton.jit
 def row_statistics(
     row_ptr,
     V,
@@ -89,6 +117,7 @@ def row_statistics(
     product alone would lose three digits.
     """
     columns = tile_columns(LANES, PER_LANE)
+    scales = tl.full([LANES], scale, tl.float32)
     m = tl.full([LANES], float("-inf"), tl.float32)
     s = tl.zeros([LANES], tl.float32)
     t = tl.zeros([LANES], tl.float32)
@@ -104,25 +133,8 @@ def row_statistics(
             z, start + columns, inside, bias_ptr, logit_scale, logit_softcap, SOFTCAP
         )
         z = tl.where(inside, z, float("-inf"))
-        m_new = tl.maximum(m, tl.max(z, 1))
-        finite = tl.where(m_new == float("-inf"), 0.0, m_new)
-        e = tl.exp2((z - finite[:, None]) * scale)
-        shrink = tl.exp2((m - finite) * scale)
-        if ENTROPY:
-            moved = tl.where(s > 0, s * (m - finite), 0.0)
-            t = (t + moved) * shrink
-            t += tl.sum(tl.where(e > 0, e * (z - finite[:, None]), 0.0), 1)
-        s = s * shrink + tl.sum(e, 1)
-        m = m_new
-    top = tl.max(m, 0)
-    finite = tl.where(top == float("-inf"), 0.0, top)
-    shrink = tl.exp2((m - finite) * scale)
-    if ENTROPY:
-        moved = tl.where(s > 0, s * (m - finite), 0.0)
-        t_all = tl.sum(tl.where(s > 0, (t + moved) * shrink, 0.0), 0)
-    else:
-        t_all = 0.0
-    return top, tl.sum(s * shrink, 0), t_all
+        m, s, t = add_tile(m, s, t, z, scales, ENTROPY)
+    return merge(m, s, t, scale, ENTROPY)
 
 
 @triton.jit
@@ -147,6 +159,32 @@ def label_logp(
 def row_entropy(inverse_temperature, s, t):
     """Entropy in nats, from the row's statistics."""
     return tl.log(s) - t / s * inverse_temperature
+
+
+@triton.jit
+def logit_gradient(
+    z,
+    is_label,
+    at_label,
+    m,
+    log2_s,
+    scale,
+    entropy,
+    g,
+    g_entropy,
+    ENTROPY: tl.constexpr,
+):
+    """``g (onehot − p) + g_entropy (−p log p − p H)`` of the logits ``z`` over the temperature.
+
+    Every other argument is of a row: a scalar, or ``[R, 1]`` for a tile ``z [R, C]``. ``at_label``
+    is ``g (1 − p)`` of the label, which would cancel where its p is 1.
+    """
+    log2_p = (z - m) * scale - log2_s
+    p = tl.exp2(log2_p)
+    grad = tl.where(is_label, at_label, -g * p)
+    if ENTROPY:
+        grad -= tl.where(p > 0, g_entropy * p * (log2_p * LN2 + entropy), 0.0)
+    return grad
 
 
 @triton.jit
@@ -190,11 +228,18 @@ def write_gradient(
         z, slope = head_options(
             z, start + columns, inside, bias_ptr, logit_scale, logit_softcap, SOFTCAP
         )
-        log2_p = (z - m) * scale - log2_s
-        p = tl.exp2(log2_p)
-        grad = tl.where(start + columns == label, at_label, -g * p)
-        if ENTROPY:
-            grad -= tl.where(p > 0, g_entropy * p * (log2_p * LN2 + entropy), 0.0)
+        grad = logit_gradient(
+            z,
+            start + columns == label,
+            at_label,
+            m,
+            log2_s,
+            scale,
+            entropy,
+            g,
+            g_entropy,
+            ENTROPY,
+        )
         grad = (grad * inverse_temperature * slope).to(grad_ptr.dtype.element_ty)
         tl.store(grad_ptr + start + columns, grad, inside)
 
