@@ -48,7 +48,7 @@ class Batch:
             draw(B, length, hidden).to(dtype),
             draw(vocab, hidden) / hidden**0.5,
         )
-        self.weight = (3 * self.weight).to(dtype)
+        self.weight = (3 * hidden**-0.5 * self.weight).to(dtype)
         self.labels = torch.randint(0, vocab, (B, length), device=device)
         self.labels[0, :3] = -100
         self.bias = draw(vocab).to(dtype)
