@@ -5,12 +5,12 @@
 
 | | |
 |---|---|
-| `cases.py`, `objectives.py` | what is run: objective × entry point × shape × dtype × active rows × head |
+| `cases.py`, `objectives.py` | what is run: objective × entry point × shape × dtype × active rows |
 | `peers.py` | who runs it: humanline, the trainers' own code, other libraries, the bare floor |
-| `accuracy.py`, `measure.py`, `run.py` | error against float64; then time and peak memory; in processes |
-| `report.py`, `plots.py`, `readme.py` | results as a terminal table, as plots, as README.md's tables |
+| `accuracy.py`, `measure.py`, `run.py` | error against float64, then memory and time; in processes |
+| `report.py`, `plots.py`, `readme.py` | as a terminal table, as plots, in README.md |
 | `model.py` | time and memory predicted up to 1,024 GPUs, checked against what was measured |
-| `traffic.py`, `compile_report.py` | bytes counted in the interpreter; what the compiler makes of it |
+| `traffic.py`, `compile_report.py` | bytes moved, counted; machine code, read |
 | `gpu.sh`, `gpu.py` | all of it on a bare GPU machine, one command |
 | `test_speed.py` | the same cases under pytest-benchmark |
 | `results/` | what was measured, as committed |

@@ -61,12 +61,12 @@ def measure(peer: Peer, case: Case, device: str, repeats: int) -> Result:
         if found.wrong:
             return replace(result, why_not=f"wrong: gradient off by {found.gradient:.2g}")
     batch = inputs(case, device)
-    _step(peer, batch)  # imports, compilation and pools of threads are neither memory nor time
+    step(peer, batch)  # imports, compilation and pools of threads are neither memory nor time
     _free_gradients(batch)
-    peak = _peak_bytes(lambda: _step(peer, batch), device)
+    peak = _peak_bytes(lambda: step(peer, batch), device)
     _free_gradients(batch)
-    recorded = None if device.startswith("cuda") else _recorded(lambda: _step(peer, batch))
-    seconds = _seconds(lambda: _step(peer, batch), device, repeats)
+    recorded = None if device.startswith("cuda") else _recorded(lambda: step(peer, batch))
+    seconds = _seconds(lambda: step(peer, batch), device, repeats)
     return replace(
         result,
         seconds=statistics.median(seconds),
@@ -81,7 +81,7 @@ def _free_gradients(batch: Batch) -> None:
         leaf.grad = None
 
 
-def _step(peer: Peer, batch: Batch) -> None:
+def step(peer: Peer, batch: Batch) -> None:
     """Forward and backward; gradients end where a trainer has them."""
     _free_gradients(batch)
     loss = peer.run(batch)
@@ -89,37 +89,37 @@ def _step(peer: Peer, batch: Batch) -> None:
         loss.backward()
 
 
-def _seconds(step: Callable[[], None], device: str, repeats: int) -> list[float]:
+def _seconds(work: Callable[[], None], device: str, repeats: int) -> list[float]:
     if device.startswith("cuda"):
         from triton.testing import do_bench
 
-        times = do_bench(step, warmup=100, rep=100 * repeats, return_mode="all")
+        times = do_bench(work, warmup=100, rep=100 * repeats, return_mode="all")
         return [ms / 1000 for ms in times]
     seconds = []
     for _ in range(repeats):
         start = time.perf_counter()
-        step()
+        work()
         seconds.append(time.perf_counter() - start)
     return seconds
 
 
-def _peak_bytes(step: Callable[[], None], device: str) -> int:
+def _peak_bytes(work: Callable[[], None], device: str) -> int:
     if device.startswith("cuda"):
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        step()
+        work()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    return _high_water(step)
+    return _high_water(work)
 
 
-def _high_water(step: Callable[[], None]) -> int:
+def _high_water(work: Callable[[], None]) -> int:
     """Growth of the process's resident memory at its highest; Linux only."""
-    ctypes.CDLL(None).malloc_trim(0)  # or freed pages would serve this step and not show
+    ctypes.CDLL(None).malloc_trim(0)  # or freed pages would serve this and not show
     Path("/proc/self/clear_refs").write_text("5")
     before = _status("VmRSS")
-    step()
+    work()
     return _status("VmHWM") - before
 
 
@@ -130,12 +130,12 @@ def _status(field: str) -> int:
     raise KeyError(field)
 
 
-def _recorded(step: Callable[[], None]) -> int:
-    """Highest sum of torch's own allocations during a step, from the profiler's memory record."""
+def _recorded(work: Callable[[], None]) -> int:
+    """Highest sum of torch's own allocations meanwhile, from the profiler's memory record."""
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
     ) as profiler:
-        step()
+        work()
     events = profiler.profiler.kineto_results.events()
     total = peak = 0
     for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):

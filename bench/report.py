@@ -1,12 +1,11 @@
-"""Results as tables: in a terminal, and in Markdown for README.md."""
-
-from collections.abc import Iterator
+"""Results as a table in a terminal."""
 
 from bench.measure import Result
 from bench.peers import OURS
 from bench.run import Results
 
-HEAD = f"{'':28s} {'error':>8s} {'seconds':>9s} {'/ floor':>8s} {'× ours':>7s} {'peak MB':>8s} {'× ours':>7s}"
+COLUMNS = {"error": 8, "seconds": 9, "/ floor": 8, "× ours": 7, "peak MB": 8, "× ours ": 7}
+HEAD = " " * 28 + " ".join(f"{name.strip():>{width}s}" for name, width in COLUMNS.items())
 
 
 def terminal(results: Results) -> str:
@@ -33,37 +32,19 @@ def _terminal_line(result: Result, floor: Result | None, ours: Result | None) ->
 
 def floor(results: list[Result]) -> Result | None:
     """The bare GEMMs or the bare copy of a case."""
-    return _find(results, "bare GEMMs") or _find(results, "bare copy")
+    return find(results, "bare GEMMs") or find(results, "bare copy")
 
 
 def ours(results: list[Result]) -> Result | None:
-    return _find(results, OURS)
+    return find(results, OURS)
 
 
-def _find(results: list[Result], peer: str) -> Result | None:
+def find(results: list[Result], peer: str) -> Result | None:
     return next((r for r in results if r.peer == peer and r.seconds is not None), None)
 
 
 def _ratio(x: float, base: float | None) -> str:
     return f"{x / base:.2f}" if base else ""
-
-
-def markdown(results: Results, cases: list) -> Iterator[str]:
-    """A table a case: who, error, time, memory; what could not run, below it."""
-    for case in cases:
-        of_case = results.of(case)
-        base, measured = floor(of_case), [r for r in of_case if r.why_not is None]
-        yield from ("", f"`{case.name}`", "")
-        yield "| | error | time | ÷ floor | memory |"
-        yield "|---|---|---|---|---|"
-        for r in measured:
-            error = "—" if r.gradient_error is None else f"{r.gradient_error:.1e}"
-            cells = [error, seconds(r.seconds), _ratio(r.seconds, base and base.seconds)]
-            cells += [megabytes(r.peak_bytes)]
-            bold = "**" if r.peer == OURS else ""
-            yield (
-                f"| {r.peer} | " + " | ".join(f"{bold}{c}{bold}" if c else "" for c in cells) + " |"
-            )
 
 
 def seconds(x: float) -> str:
