@@ -231,6 +231,8 @@ _ACTIVE = [1.0, 0.75, 0.5, 0.25, 0.0]
 _STDS = [0.5, 1.0, 2.0, 4.0, 8.0]
 
 SUITES = {
+    # one case: does it start?
+    "smoke": [Case("grpo", "hidden", active=0.5, **{k: v for k, [v] in _QUICK.items()})],
     # seconds, anywhere: does all of it work?
     "quick": _unique(
         _product(objective=OBJECTIVES, entry=["logits", "hidden"], **_QUICK),

@@ -70,8 +70,10 @@ with_tool() {
 }
 gpu() { echo "$python" -m bench.gpu "$@" $reduced --output "$output"; }
 suite() { # a bench suite, which saves case by case and goes on by itself
-    step "bench-$1" "$python" -m bench --suite "$1" --output "$output/results.json" \
-        --seconds $((end - SECONDS - 60)) --repeats "$2"
+    local name=$1 repeats=$2
+    shift 2
+    step "bench-$name" "$python" -m bench --suite "$name" --output "$output/results.json" \
+        --seconds $((end - SECONDS - 60)) --repeats "$repeats" "$@"
 }
 
 step environment "$python" -m humanline.cli doctor
@@ -88,7 +90,7 @@ for check in memcheck racecheck; do
         compute-sanitizer --tool "$check" --error-exitcode 1 "$python" -m bench.gpu kernels --reduced
 done
 if [ -n "$reduced" ]; then
-    suite quick 1
+    suite smoke 1 --peers 'bare GEMMs' eager humanline
 else
     suite gpu 5
 fi

@@ -173,11 +173,12 @@ PREDICTED = (
 def _bytes(case: Case, device: Device, who: str, n: float, v: float, rows: float) -> float:
     """Highest sum of what is allocated beside the inputs, gradients included."""
     b, h = case.torch_dtype.itemsize, case.hidden
-    if who == "eager":  # float32 log-probs, their gradient, that of the logits
-        return 12 * n * v
+    softmax = 12 * n * v  # float32 log-probs, their gradient, that of the logits
     if case.entry == "logits":
-        return n * v * b
+        return softmax if who == "eager" else n * v * b
     dh, dw = n * h * b, 0 if case.frozen_head else v * h * b
+    if who == "eager":
+        return max(softmax, n * v * b + dh + dw)
     if who.startswith("bare"):
         active = case.active if "active" in who else 1
         return n * v * b + dh * active + dw
