@@ -1,6 +1,9 @@
 """What the kernels are launched with: how the rows lie in memory, how large a tile is."""
 
+import os
+import sys
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -48,19 +51,47 @@ def dense(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.reshape(-1).contiguous()
 
 
+# Warps a row is given, by its length: up to so many logits, so many warps. By device, as
+# `device_key` names it; one that is not listed takes "any". Lines for a
+# device come out of `bench/gpu.sh` (configurations.jsonl).
+ROW_WARPS: dict[str, dict[int, int]] = {
+    "any": {4_096: 4, 16_384: 8, 65_536: 16, sys.maxsize: 32},
+}
+
+
+@lru_cache
+def device_key(index: int | None) -> str:
+    """Such as "sm_90" or "gfx942"; "any" without a GPU."""
+    if index is None:
+        return "any"
+    if torch.version.hip:
+        return torch.cuda.get_device_properties(index).gcnArchName.split(":")[0]
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(index))
+
+
 def row_config(vocab: int, dtype: torch.dtype) -> dict[str, int]:
-    """Tile and warps for rows of this length.
+    """Tile and warps for rows of this length, on the current device.
 
     A long row gets 1,024 threads, so that one program fills an SM: with a row of 300 kB to each of
     132 SMs, the second read finds the row in L2. 32 bytes a thread and step keep two 16-byte loads
-    in flight.
+    in flight. Tuned only if asked for, by ``HUMANLINE_AUTOTUNE=1``: the fastest differs from run to
+    run, and with it the last bits of a sum.
     """
-    warps = 4 if vocab <= 4096 else 8 if vocab <= 16384 else 16 if vocab <= 65536 else 32
+    index = torch.cuda.current_device() if torch.cuda.is_available() else None
+    if index is not None and os.environ.get("HUMANLINE_AUTOTUNE") == "1":
+        from .autotune import fastest_warps
+
+        return row_tile(fastest_warps(vocab, dtype, index), dtype)
+    by_length = ROW_WARPS.get(device_key(index), ROW_WARPS["any"])
+    return row_tile(next(w for length, w in by_length.items() if vocab <= length), dtype)
+
+
+def row_tile(warps: int, dtype: torch.dtype) -> dict[str, int]:
+    """The launch arguments for so many warps of 32 threads."""
+    lanes = 32 * warps
     if torch.version.hip:  # 64 lanes a warp, 1,024 threads at most
         warps = max(warps // 2, 1)
         lanes = 64 * warps
-    else:
-        lanes = 32 * warps
     return {"LANES": lanes, "PER_LANE": 32 // max(dtype.itemsize, 2), "num_warps": warps}
 
 
