@@ -53,7 +53,15 @@ setup(
     include_package_data=False,
     zip_safe=False,
     install_requires=["torch>=2.11", 'triton>=3.6; platform_system == "Linux"'],
-    extras_require={"train": TRAIN, "data": ["reasoning-gym"], "bench": BENCH, "test": TEST},
+    extras_require={
+        "train": TRAIN,
+        "data": ["reasoning-gym"],
+        "bench": BENCH,
+        "test": TEST,
+        # Peers of humanline.integrations. They pin much: their tests use them where they are there.
+        "verl": ["verl>=0.9"],
+        "axolotl": ["axolotl>=0.19"],
+    },
     entry_points={"console_scripts": ["humanline = humanline.cli:main"]},
     classifiers=[
         "Development Status :: 3 - Alpha",
