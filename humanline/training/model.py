@@ -189,7 +189,8 @@ def check_parts(model: nn.Module) -> None:
             how = " with --padding-free" if ours.padding_free else ""
             raise UserError(
                 f"{type(model).__name__}{how} does more to its logits than its head's weight and "
-                "bias and the configuration's logit_scale, logits_scaling and final_logit_softcapping: "
+                "bias and the configuration's logit_scale, logits_scaling and "
+                "final_logit_softcapping: "
                 f"they differ by up to {difference:.3g}"
             )
 

@@ -5,8 +5,10 @@
 A completion's tokens attend to its prompt's and to one another. No token is padding, no prompt is
 computed twice, and there is no cache: with gradient checkpointing too, a prompt is read once.
 
-For this the model gets an attention function of ours, which is transformers' own on each piece of
-the row; called without pieces, as in generation, it is just that.
+For this the model gets an attention function of ours, which is transformers' own for each prompt
+with each of its completions; called for anything else, as in generation, it is just that. What is
+saved is all work but the attention's: a prompt's queries run again with each completion, since only
+plain causal attention does without a mask, and a mask's memory is quadratic in the length.
 """
 
 from dataclasses import dataclass
@@ -29,10 +31,11 @@ _LAYERS = {"full_attention", "sliding_attention"}
 
 @dataclass(frozen=True)
 class Piece:
-    """Tokens that attend to one another, causally, and to all of a prompt's before them."""
+    """Where a completion and its prompt are in the row; whether it is the prompt's first."""
 
+    prompt: slice
     own: slice
-    prompt: slice | None = None
+    first: bool
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ class Pack:
     Attributes:
         ids: int64 ``[1, N]``.
         positions: int64 ``[1, N]``, each token's place in its own sequence.
-        pieces: what attends to what.
+        pieces: what attends to what; one a completion.
         predicting: int64 ``[M]``, which of the ``N`` tokens predicts each completion token.
         labels: int64 ``[M]``, the completion tokens.
         cu_seqlens: int64 ``[S+1]``, where each completion's begin.
@@ -63,19 +66,19 @@ class Pack:
         prompt_of = completions.prompt.tolist()
         prompts = _consecutive(batch.prompt_mask.sum(1).tolist(), start=0)
         own = _consecutive([max(n - 1, 0) for n in lengths], start=prompts[-1].stop)
-        pieces = [Piece(prompt) for prompt in prompts]
         positions = [torch.arange(_length(prompt)) for prompt in prompts]
-        predicting = []
+        pieces, predicting = [], []
         for place, p, length in zip(own, prompt_of, lengths, strict=True):
-            last = prompts[p].stop - 1
-            pieces.append(Piece(place, prompts[p]))
-            positions.append(torch.arange(_length(place)) + _length(prompts[p]))
-            predicting.append(torch.tensor([last, *range(place.start, place.stop)][:length]))
+            prompt = prompts[p]
+            pieces.append(Piece(prompt, place, first=prompt_of.index(p) == len(pieces)))
+            positions.append(torch.arange(_length(place)) + _length(prompt))
+            rows = [prompt.stop - 1, *range(place.start, place.stop)]
+            predicting.append(torch.tensor(rows[:length], dtype=torch.long))
         kept = completions.ids[:, :-1][mask[:, 1:]]
         return cls(
             torch.cat([batch.prompt_ids[batch.prompt_mask], kept])[None],
             torch.cat(positions)[None].to(device),
-            tuple(piece for piece in pieces if _length(piece.own)),
+            tuple(pieces),
             torch.cat(predicting).to(device),
             completions.ids[mask],
             torch.tensor([0, *accumulate(lengths)], device=device),
@@ -151,20 +154,24 @@ def attention(
     """transformers' SDPA attention, piece by piece: queries, keys, values ``[1, heads, N, D]``."""
     if pieces is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    outputs = []
+    outputs: dict[int, Tensor] = {}  # by where they begin
     for piece in pieces:
-        q, k, v = (x[:, :, piece.own] for x in (query, key, value))
-        if piece.prompt is not None:
-            k, v = (torch.cat([x[:, :, piece.prompt], own], 2) for x, own in ((key, k), (value, v)))
-        mask = _mask(q.shape[2], k.shape[2], sliding_window, q.device)
-        outputs.append(sdpa_attention_forward(module, q, k, v, mask, **options)[0])
-    return torch.cat(outputs, 1), None
+        q, k, v = (
+            torch.cat([x[:, :, piece.prompt], x[:, :, piece.own]], 2) for x in (query, key, value)
+        )
+        mask = _window(q.shape[2], sliding_window, q.device)
+        output = sdpa_attention_forward(module, q, k, v, mask, **options)[0]
+        of_prompt, of_own = output.split([_length(piece.prompt), _length(piece.own)], 1)
+        if piece.first:
+            outputs[piece.prompt.start] = of_prompt
+        if _length(piece.own):
+            outputs[piece.own.start] = of_own
+    return torch.cat([outputs[start] for start in sorted(outputs)], 1), None
 
 
-def _mask(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor | None:
-    """What the last ``queries`` of ``keys`` tokens attend to; None where that is plain causal."""
-    windowed = window is not None and keys > window
-    if queries == keys and not windowed:
+def _window(length: int, window: int | None, device: torch.device) -> Tensor | None:
+    """The mask of causal attention to the last ``window`` tokens; None where plain causal is it."""
+    if window is None or length <= window:
         return None
-    mask = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
-    return (mask.triu(keys - queries - window + 1) if windowed else mask)[None, None]
+    mask = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+    return mask.triu(1 - window)[None, None]

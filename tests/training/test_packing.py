@@ -55,9 +55,10 @@ def test_a_pack_holds_each_prompt_once_and_no_padding():
     assert pack.predicting.tolist() == [5, 7, 8, 9, 10, 11, 6, 12, 5, 13, 6]
     assert pack.cu_seqlens.tolist() == [0, 6, 8, 10, 11]
     own = [(piece.own.start, piece.own.stop) for piece in pack.pieces]
-    assert own == [(0, 6), (6, 7), (7, 12), (12, 13), (13, 14)]
-    prompts = [piece.prompt and piece.prompt.stop for piece in pack.pieces]
-    assert prompts == [None, None, 6, 7, 6]
+    assert own == [(7, 12), (12, 13), (13, 14), (14, 14)]
+    prompts = [(piece.prompt.start, piece.prompt.stop) for piece in pack.pieces]
+    assert prompts == [(0, 6), (6, 7), (0, 6), (6, 7)]
+    assert [piece.first for piece in pack.pieces] == [True, True, False, False]
 
 
 @pytest.fixture(params=MODELS)
