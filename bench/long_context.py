@@ -223,15 +223,12 @@ def find(variant, args):
 
 
 def agree(args):
-    """All variants compute the same, at a length all can: before anything long is tried."""
+    """All variants compute the same, at a short length and without a cap that matters."""
+    args = argparse.Namespace(**vars(args) | {"cap_gib": 1024})
     results = {variant: in_child(variant, args.resolution, args) for variant in VARIANTS}
     expected = results["all logits"]
     for variant, result in results.items():
         for key in ("loss", "grad_norm"):
-            if result is None or expected is None:
-                raise SystemExit(
-                    f"--cap-gib {args.cap_gib} does not even hold {args.resolution} tokens"
-                )
             error = abs(result[key] - expected[key]) / abs(expected[key])
             assert error < 1e-2, f"{variant}: {key} {result[key]}, all logits {expected[key]}"
 
