@@ -224,6 +224,7 @@ def find(variant, args):
 
 def agree(args):
     """All variants compute the same, at a short length and without a cap that matters."""
+    print(f"comparing all at {args.resolution} tokens", file=sys.stderr)
     args = argparse.Namespace(**vars(args) | {"cap_gib": 1024})
     results = {variant: in_child(variant, args.resolution, args) for variant in VARIANTS}
     expected = results["all logits"]
