@@ -61,6 +61,9 @@ setup(
         "data": ["reasoning-gym"],
         "bench": BENCH,
         "test": TEST,
+        # Peers of humanline.integrations. They pin much: their tests use them where they are there.
+        "verl": ["verl>=0.9"],
+        "axolotl": ["axolotl>=0.19"],
     },
     entry_points={"console_scripts": ["humanline = humanline.cli:main"]},
     classifiers=[
