@@ -83,6 +83,13 @@ class Reference:
         for batches in optimizer_steps:
             yield batches, self._scores(batches)
 
+    def scores(self, batches: list[Any]) -> list[Any]:
+        """The scores of micro-batches as they come, for trainers that do not hand out theirs.
+
+        A look-ahead, which holds no weights, scores with the policy as it stands.
+        """
+        return self._scores(batches)
+
     def before_step(self) -> None:
         """Gradients are ready, the optimizer is about to step: sync if it is time.
 
@@ -140,9 +147,9 @@ class Reference:
 
 
 class _ReferenceWithWeights(Reference):
-    """Holds ``kept``: by name, what of the policy changes, as it was at the last sync."""
+    """Holds ``snapshot``: by name, what of the policy changes, as it was at the last sync."""
 
-    kept: dict[str, Tensor]
+    snapshot: dict[str, Tensor]
 
     def __init__(self, policy: nn.Module, score: Score, sync_every: int = 1):
         super().__init__(policy, score, sync_every)
@@ -154,26 +161,30 @@ class _ReferenceWithWeights(Reference):
             ),
         )
 
+    def _live(self) -> dict[str, Tensor]:
+        """The policy's own, which the snapshot is of."""
+        return _changing(self.policy)
+
     def _sync(self) -> None:
-        _copy(_changing(self.policy), self.kept)
+        _copy(self._live(), self.snapshot, "policy")
 
     def _held(self) -> Any:
-        return self.kept
+        return self.snapshot
 
     def _state(self) -> dict[str, Any]:
-        return {"weights": self.kept}
+        return {"weights": self.snapshot}
 
     def _load(self, state: dict[str, Any]) -> None:
-        _copy(state["weights"], self.kept)
+        _copy(state["weights"], self.snapshot, "state")
 
 
 class ReferenceCopy(_ReferenceWithWeights):
-    """A second model. Frozen weights are the policy's own, held once.
+    """A second model.
 
     Args:
         policy, score, sync_every: see :class:`Reference`.
-        model: the second model, of the policy's architecture and, under FSDP2, sharded as the
-            policy is; it takes the policy's weights. None: a deep copy of the policy.
+        model: the reference to begin with, which becomes this object's own; under FSDP2 sharded as
+            the policy is. None: a copy of the policy, whose frozen weights the two share.
 
     Raises:
         ValueError: see :class:`Reference`; ``model`` has other weights than the policy, or shards
@@ -188,18 +199,15 @@ class ReferenceCopy(_ReferenceWithWeights):
         model: nn.Module | None = None,
     ):
         super().__init__(policy, score, sync_every)
-        if model is None:
-            model = _copy_of(self.policy)
-        else:
-            _copy(_tensors(self.policy), _tensors(model))
+        self.shares_frozen = model is None
         # Weights keep requires_grad: without gradients too, matmul picks its algorithm by it.
-        self.model = model.eval()
-        ours = _tensors(model)
-        self.kept = {name: ours[name] for name in _changing(self.policy)}
+        self.model = (_copy_of(self.policy) if model is None else model).eval()
+        ours = _tensors(self.model)
+        _require_alike(ours, _tensors(self.policy), "model")
+        self.snapshot = {name: ours[name] for name in self._live()}
 
-    def _held(self) -> Any:
-        policys = {id(t) for t in _tensors(self.policy).values()}
-        return [t for t in _tensors(self.model).values() if id(t) not in policys]
+    def _live(self) -> dict[str, Tensor]:
+        return _changing(self.policy) if self.shares_frozen else _tensors(self.policy)
 
 
 class ReferenceAdapter(_ReferenceWithWeights):
@@ -208,7 +216,7 @@ class ReferenceAdapter(_ReferenceWithWeights):
 
     def __init__(self, policy: nn.Module, score: Score, sync_every: int = 1):
         super().__init__(policy, score, sync_every)
-        self.kept = {name: t.detach().clone() for name, t in _changing(self.policy).items()}
+        self.snapshot = {name: t.detach().clone() for name, t in self._live().items()}
 
     def _scores(self, batches: list[Any]) -> list[Any]:
         with self._in_place_of_the_policy():
@@ -216,13 +224,13 @@ class ReferenceAdapter(_ReferenceWithWeights):
 
     @contextmanager
     def _in_place_of_the_policy(self) -> Iterator[None]:
-        live = _changing(self.policy)
-        _require_alike(live, self.kept)
-        _trade(live, self.kept)
+        live = self._live()
+        _require_alike(live, self.snapshot, "policy")
+        _trade(live, self.snapshot)
         try:
             yield
         finally:
-            _trade(live, self.kept)
+            _trade(live, self.snapshot)
 
 
 class ReferenceLookahead(Reference):
@@ -344,9 +352,9 @@ def _tensors_in(x: Any) -> Iterator[Tensor]:
 
 
 @torch.no_grad()
-def _copy(source: dict[str, Tensor], target: dict[str, Tensor]) -> None:
+def _copy(source: dict[str, Tensor], target: dict[str, Tensor], what: str) -> None:
     """Shard to shard, in few launches."""
-    _require_alike(source, target)
+    _require_alike(source, target, what)
     if target:
         torch._foreach_copy_(
             [local_shard(t) for t in target.values()], [local_shard(source[n]) for n in target]
@@ -354,9 +362,9 @@ def _copy(source: dict[str, Tensor], target: dict[str, Tensor]) -> None:
 
 
 @torch.no_grad()
-def _trade(live: dict[str, Tensor], kept: dict[str, Tensor]) -> None:
+def _trade(live: dict[str, Tensor], snapshot: dict[str, Tensor]) -> None:
     for name, a in live.items():
-        b = kept[name]
+        b = snapshot[name]
         if local_shard(a) is a:
             a.data, b.data = b.data, a.data
         else:  # FSDP2 gathers from the memory the shard was born in: values have to move
@@ -366,7 +374,7 @@ def _trade(live: dict[str, Tensor], kept: dict[str, Tensor]) -> None:
             b.copy_(values)
 
 
-def _require_alike(theirs: dict[str, Tensor], ours: dict[str, Tensor]) -> None:
+def _require_alike(theirs: dict[str, Tensor], ours: dict[str, Tensor], what: str) -> None:
     def shapes(tensors):
         return {name: tuple(local_shard(t).shape) for name, t in tensors.items()}
 
@@ -374,8 +382,8 @@ def _require_alike(theirs: dict[str, Tensor], ours: dict[str, Tensor]) -> None:
     require(
         a == b,
         lambda: (
-            "these are not the weights that the reference was made for (wrap, shard, freeze and "
-            f"unfreeze before making it): {_some(dict(a.items() - b.items()))} instead of "
+            f"the {what} is that of a reference with other weights (wrap, shard, freeze, unfreeze "
+            f"before making it): {_some(dict(a.items() - b.items()))} instead of "
             f"{_some(dict(b.items() - a.items()))}"
         ),
     )

@@ -169,7 +169,7 @@ def copy_of_shards(reference):
 
 
 def fsdp2_of_another_sharding_is_refused(rank):
-    with pytest.raises(ValueError, match=r"weights.*bias \[4\], .* instead of .*bias \[8\]"):
+    with pytest.raises(ValueError, match=r"weights.*bias \[8\], .* instead of .*bias \[4\]"):
         ReferenceCopy(sharded(), score, model=make_policy())
 
 

@@ -73,6 +73,25 @@ def test_the_copy_computes_with_the_algorithms_the_policy_has():
     assert all(p.requires_grad for p in reference.model.parameters())
 
 
+def test_it_can_begin_with_another_model():
+    policy, first = Model(), Model()
+    kept = snapshot(first)
+    reference = ReferenceCopy(policy, lambda model, batch: model(batch).sum(), model=first)
+    assert reference.model is first and all(
+        torch.equal(kept[name], t) for name, t in first.state_dict().items()
+    )
+    ids = torch.tensor([[1, 2], [3, 0]]).reshape(-1)
+    with torch.no_grad():
+        assert reference.scores([ids]) == [first(ids).sum()]
+    reference.before_step()
+    assert same(first, policy)  # frozen weights too
+    assert first.frozen.weight is not policy.frozen.weight
+    everything = sum(t.nbytes for t in [*policy.parameters(), *policy.buffers()])
+    assert reference.memory_bytes() == everything
+    with pytest.raises(ValueError, match="model is that of a reference with other weights"):
+        ReferenceCopy(policy, score, model=nn.Linear(2, 3))
+
+
 def test_tied_weights_stay_tied():
     policy = Model()
     reference = ReferenceCopy(policy, score)
@@ -171,19 +190,7 @@ def test_a_sync_is_one_multi_tensor_copy(monkeypatch):
     for kind in (ReferenceCopy, ReferenceAdapter):
         reference = kind(Model(), score)
         reference.before_step()
-        assert calls.pop() == len(reference.kept) and not calls
-
-
-def test_a_second_model_takes_the_policys_weights():
-    policy, second = Model(), Model()
-    reference = ReferenceCopy(policy, score, model=second)
-    assert reference.model is second and same(second, policy)
-    assert not storages(second) & storages(policy)
-    assert second.frozen.weight is not policy.frozen.weight
-    everything = sum(t.nbytes for t in [*policy.parameters(), *policy.buffers()])
-    assert reference.memory_bytes() == everything
-    with pytest.raises(ValueError, match="these are not the weights"):
-        ReferenceCopy(policy, score, model=nn.Linear(2, 2))
+        assert calls.pop() == len(reference.snapshot) and not calls
 
 
 @pytest.mark.parametrize("kind", [ReferenceCopy, ReferenceAdapter])

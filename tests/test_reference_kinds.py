@@ -187,7 +187,7 @@ def test_with_peft_the_adapter_alone_is_a_full_copys_run(sync_every):
         losses, reference = run(lambda policy, kind=kind: kind(policy, score, sync_every))
         assert losses == expected
         if kind is not ReferenceLookahead:
-            assert reference.kept and all("lora_" in name for name in reference.kept)
+            assert reference.snapshot and all("lora_" in name for name in reference.snapshot)
             assert reference.memory_bytes() < whole.memory_bytes() / 2
 
 
