@@ -18,7 +18,7 @@ from bench.peers import OURS
 from bench.report import floor, megabytes, seconds
 from bench.run import Results
 from humanline.ops import WORKSPACE_BYTES
-from humanline.ops.head import CPU_BLOCK_ROWS
+from humanline.ops.head_blocks import CPU_BLOCK_ROWS
 
 
 @dataclass(frozen=True)
