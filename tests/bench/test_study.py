@@ -114,6 +114,8 @@ def test_results_of_another_configuration_are_refused(tmp_path, config):
 
 
 def test_committed_results_are_those_of_the_committed_configuration(config):
+    if not (run.HERE / "REPORT.md").exists():
+        pytest.skip("no report yet: `python bench/study/run.py final` goes on with the final run")
     lines = run.read_results(run.RESULTS / "final.jsonl", config)
     results = analyse.Results(config, lines)
     assert analyse.report(results, config) == (run.HERE / "REPORT.md").read_text(encoding="utf-8")
