@@ -117,11 +117,15 @@ class _LinearTokenLogps(torch.autograd.Function):
     def forward(
         ctx, hidden, weight, bias, labels, head, with_entropy, observe, rows, backend, unit
     ):
+        blocks = rows, with_entropy, backend
+        wanted = labels != IGNORE_INDEX
+        if backend == "triton" and not unit:
+            ctx.unit, ctx.head, ctx.blocks = unit, head, blocks
+            ctx.save_for_backward(labels, hidden, weight, bias)
+            return _without_logits(hidden, weight, labels, head, wanted, with_entropy)
         logps = hidden.new_zeros(len(labels), dtype=compute_dtype(weight.dtype))
         entropy = torch.zeros_like(logps) if with_entropy else None
         dh = torch.zeros_like(hidden) if unit else None
-        blocks = rows, with_entropy, backend
-        wanted = labels != IGNORE_INDEX
         for block in head_blocks(hidden, weight, head, labels, wanted, *blocks, observe):
             logps[block.index] = block.logps
             if with_entropy:
@@ -141,6 +145,30 @@ class _LinearTokenLogps(torch.autograd.Function):
             return torch.where(active, dh * g[:, None], 0).to(dh.dtype), *[None] * 9
         _, with_entropy, _ = ctx.blocks
         return *_recompute(ctx, Coefficients(g, g_entropy if with_entropy else None)), *[None] * 7
+
+
+def _without_logits(
+    hidden: Tensor, weight: Tensor, labels: Tensor, head: Head, wanted: Tensor, with_entropy: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Log-probs and entropies of the wanted rows by one kernel, which writes no logits."""
+    from humanline.kernels.linear_logps import linear_logps_forward
+
+    index = wanted.nonzero().squeeze(1)
+    some, some_entropy, _, _ = linear_logps_forward(
+        hidden,
+        weight,
+        labels,
+        bias=head.bias,
+        temperature=head.temperature,
+        logit_scale=head.logit_scale,
+        logit_softcap=head.logit_softcap,
+        with_entropy=with_entropy,
+        index=None if len(index) == len(labels) else index,
+    )
+    logps = hidden.new_zeros(len(labels), dtype=torch.float32).index_copy_(0, index, some)
+    if not with_entropy:
+        return logps, None
+    return logps, torch.zeros_like(logps).index_copy_(0, index, some_entropy)
 
 
 def _recompute(ctx, coefficients: Coefficients) -> tuple[Tensor | None, ...]:
