@@ -22,9 +22,12 @@ TRAIN = [
     "safetensors",
     "tqdm",
 ]
+# The versions in humanline/integrations/trl_version.py: what is called there is TRL's own business.
+TRL = ["trl>=1.15,<1.17", "peft>=0.18"]
 BENCH = ["pytest-benchmark"]
 TEST = [
     *TRAIN,
+    *TRL,
     *BENCH,
     "accelerate",
     "datasets",
@@ -32,7 +35,6 @@ TEST = [
     "pytest>=8",
     "ruff",
     "setuptools>=77",  # tests/test_packaging.py builds without isolation, hence without downloads
-    "trl>=1.15",
     "wheel",
 ]
 
@@ -53,7 +55,16 @@ setup(
     include_package_data=False,
     zip_safe=False,
     install_requires=["torch>=2.11", 'triton>=3.6; platform_system == "Linux"'],
-    extras_require={"train": TRAIN, "data": ["reasoning-gym"], "bench": BENCH, "test": TEST},
+    extras_require={
+        "train": TRAIN,
+        "trl": TRL,
+        "data": ["reasoning-gym"],
+        "bench": BENCH,
+        "test": TEST,
+        # Peers of humanline.integrations. They pin much: their tests use them where they are there.
+        "verl": ["verl>=0.9"],
+        "axolotl": ["axolotl>=0.19"],
+    },
     entry_points={"console_scripts": ["humanline = humanline.cli:main"]},
     classifiers=[
         "Development Status :: 3 - Alpha",

@@ -21,8 +21,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from humanline.kernels import scale, token_logps, token_loss
-from humanline.kernels.launch import row_config
+from humanline.kernels import linear_logps, matmul, scale, sequence_loss, token_logps, token_loss
+from humanline.kernels.launch import GemmConfig, gemm_config, row_config
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -31,7 +31,11 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-INTEGERS = ("V", "rows", "row_stride", "rows_per_batch", "batch_stride_rows")
+INTEGERS = {
+    *("V", "H", "n", "rows", "rows_per_sequence", "chunks", "tiles_per_chunk", "group"),
+    *("row_stride", "rows_per_batch", "batch_stride_rows"),
+    *("hidden_stride", "weight_stride", "dz_stride", "out_stride"),
+}
 # One variant of the fused loss for each combination that changes the code most.
 VARIANTS = {
     "forward": (token_logps._forward, {"ENTROPY": False}),
@@ -43,12 +47,35 @@ VARIANTS = {
     "loss, entropy": (token_loss._token_loss, {"KIND": 0, "PENALTY": 3, "ENTROPY": True}),
     "loss, NLL": (token_loss._token_loss, {"KIND": 3, "PENALTY": 0, "ENTROPY": False}),
     "scale": (scale._scale, {"BLOCK": 8192}),
+    "pairs": (sequence_loss._sequence_loss, {"KIND": "sigmoid", "PAIRED": True}),
+    "sequences": (sequence_loss._sequence_loss, {"KIND": "kto", "PAIRED": False}),
+}
+# The GEMMs, with the constants that are not False.
+GATHERED = {"INDEX": True, "COUNT": True}
+EVERYTHING = {"BIAS": True, "SOFTCAP": True, "ENTROPY": True, "TEMPERATURE_PER_ROW": True}
+GEMMS = {
+    "head": (linear_logps._forward, {}),
+    "head, entropy": (linear_logps._forward, {"ENTROPY": True}),
+    "head, gathered": (linear_logps._forward, GATHERED),
+    "head, all": (linear_logps._forward, {**EVERYTHING, **GATHERED}),
+    "dz": (linear_logps._gradient, {}),
+    "dz, entropy": (linear_logps._gradient, {"ENTROPY": True, "COEFFICIENT": True}),
+    "dz, gathered": (linear_logps._gradient, GATHERED),
+    "dz, all": (linear_logps._gradient, {**EVERYTHING, **GATHERED, "COEFFICIENT": True}),
+    "dH": (matmul._hidden_gradient, {"SCALE": True, "INDEX": True}),
+    "dW": (matmul._weight_gradient, {}),
+}
+# How tiles are loaded and multiplied: what the machine code calls it, what the report does.
+INSTRUCTIONS = {
+    **{name: name for name in ("HGMMA", "HMMA", "UTMALDG", "LDGSTS")},  # wgmma, mma, TMA, cp.async
+    **{"UTCHMMA": "tcgen05", "v_mfma": "mfma"},
 }
 
 
 @dataclass(frozen=True)
 class Report:
-    """Of one compiled kernel; ``load_bytes`` is the widest global load a thread makes."""
+    """Of one compiled kernel; ``load_bytes`` is the widest global load a thread makes,
+    ``instructions`` those of INSTRUCTIONS that it has."""
 
     name: str
     target: str
@@ -57,37 +84,90 @@ class Report:
     shared_bytes: int
     load_bytes: int
     store_bytes: int
+    instructions: tuple[str, ...]
 
 
 def compile_variant(name: str, target: str, vocab: int, dtype: str, aligned: bool = True) -> Report:
     """Compile one variant and read its machine code."""
+    if name in GEMMS:
+        return _compile_gemm(name, target, dtype, aligned)
     function, constants = VARIANTS[name]
     config = row_config(vocab, TORCH_DTYPES[dtype])
-    warps = config.pop("num_warps") if "LANES" in function.arg_names else 8
+    warps = config.pop("num_warps")
+    if "LANES" not in function.arg_names:
+        warps = 8 if name == "scale" else 4
     if TARGETS[target].backend == "hip":
         warps //= 2
     defaults = {"TEMPERATURE_PER_ROW": False, "ON_POLICY": False, **config}
+    defaults |= {"PER_TOKEN": True, "PACKED": True, "BLOCK": 1024}
     constants = {**{k: v for k, v in defaults.items() if k in function.arg_names}, **constants}
-    signature = {
-        argument: "constexpr" if argument in constants else _type(argument, dtype)
-        for argument in function.arg_names
+    types = {a: _type(a, dtype) for a in function.arg_names}
+    return _compile(name, target, function, constants, types, aligned, num_warps=warps)
+
+
+def _compile_gemm(name: str, target: str, dtype: str, aligned: bool) -> Report:
+    function, constants = GEMMS[name]
+    row = "gfx" if TARGETS[target].backend == "hip" else target
+    config = gemm_config(TORCH_DTYPES[dtype], row, _columns(function, constants))
+    tiles = config.launch
+    options = {option: tiles.pop(option) for option in ("num_warps", "num_stages")}
+    types = {a: _type(a, dtype) for a in function.arg_names}
+    types |= _operands(function, constants, config, dtype, config.descriptors and aligned)
+    flags = [p.name for p in function.params if p.is_constexpr and p.name not in tiles]
+    constants = {flag: constants.get(flag, False) for flag in flags}
+    for flag in (f for f in flags if f.endswith("_DESCRIPTOR")):
+        constants[flag] = types[flag.removesuffix("_DESCRIPTOR").lower()].startswith("tensordesc")
+    return _compile(name, target, function, {**tiles, **constants}, types, aligned, **options)
+
+
+def _columns(function, constants: dict) -> int:
+    """The bound on columns that the launcher sets."""
+    softcap = "SOFTCAP" in constants
+    if function is linear_logps._forward:
+        return linear_logps.forward_columns("BIAS" in constants, softcap)
+    if function is linear_logps._gradient:
+        return linear_logps.gradient_columns("ENTROPY" in constants, softcap)
+    return 128 if function is matmul._weight_gradient else 256
+
+
+def _operands(function, constants: dict, config: GemmConfig, dtype: str, descriptors: bool) -> dict:
+    """Types of the matrices: descriptors where the launcher makes them, pointers elsewhere."""
+    gathered = constants.get("INDEX", False)
+    if function is matmul._hidden_gradient:
+        tiles = {"dz": (config.rows, config.depth), "weight": (config.depth, config.columns)}
+    else:
+        tiles = {"hidden": (config.rows, config.depth), "weight": (config.columns, config.depth)}
+    return {
+        name: f"tensordesc<{dtype}[{tile[0]}, {tile[1]}]>"
+        if descriptors and not (name == "hidden" and gathered)
+        else f"*{dtype}"
+        for name, tile in tiles.items()
+        if name in function.arg_names
     }
+
+
+def _compile(name, target, function, constants: dict, types: dict, aligned: bool, **options):
+    signature = {a: "constexpr" if a in constants else types[a] for a in function.arg_names}
     source = ASTSource(
         fn=function,
         signature=signature,
         constexprs={(function.arg_names.index(k),): v for k, v in constants.items()},
         attrs=_divisible_by_16(function, signature, aligned),
     )
-    compiled = triton.compile(source, target=TARGETS[target], options={"num_warps": warps})
+    compiled = triton.compile(source, target=TARGETS[target], options=options)
     read = _read_amd if TARGETS[target].backend == "hip" else _read_nvidia
     return Report(name, target, shared_bytes=compiled.metadata.shared, **read(compiled))
 
 
 def _type(argument: str, dtype: str) -> str:
-    if argument in ("logits_ptr", "grad_ptr", "x_ptr"):
+    if argument in ("logits_ptr", "grad_ptr", "x_ptr", "dz_ptr", "hidden_ptr", "out_ptr"):
         return f"*{dtype}"
-    if argument == "labels_ptr":
+    if argument in ("labels_ptr", "index_ptr", "cu_seqlens_ptr"):
         return "*i64"
+    if argument == "count_ptr":
+        return "*i32"
+    if argument in ("mask_ptr", "desirable_ptr"):
+        return "*i1"
     if argument == "temperature_ptr":
         return "*fp64"
     if argument.endswith("_ptr"):
@@ -124,6 +204,7 @@ def _read_nvidia(compiled) -> dict:
         "spills": len(re.findall(r"\b(?:LDL|STL)\b", code)),
         "load_bytes": widest("LDG"),
         "store_bytes": widest("STG"),
+        "instructions": _instructions(code),
     }
 
 
@@ -140,7 +221,12 @@ def _read_amd(compiled) -> dict:
         "spills": int(re.search(r"\.vgpr_spill_count:\s+(\d+)", code).group(1)),
         "load_bytes": widest("load"),
         "store_bytes": widest("store"),
+        "instructions": _instructions(code),
     }
+
+
+def _instructions(code: str) -> tuple[str, ...]:
+    return tuple(name for found, name in INSTRUCTIONS.items() if re.search(rf"\b{found}", code))
 
 
 def _run(*command: str) -> str:
@@ -156,12 +242,12 @@ def main() -> None:
     args = parser.parse_args()
     print(f"Triton {triton.__version__}, V={args.vocab}, {args.dtype}")
     print(f"{'kernel':20s} {'target':7s} {'regs':>5s} {'spills':>6s} {'smem':>6s} load store")
-    for name in VARIANTS:
+    for name in (*VARIANTS, *GEMMS):
         for target in args.targets.split(","):
             r = compile_variant(name, target, args.vocab, args.dtype, not args.unaligned)
             print(
                 f"{r.name:20s} {r.target:7s} {r.registers:5d} {r.spills:6d} {r.shared_bytes:6d} "
-                f"{r.load_bytes:4d} {r.store_bytes:5d}"
+                f"{r.load_bytes:4d} {r.store_bytes:5d} {' '.join(r.instructions)}"
             )
 
 

@@ -7,7 +7,9 @@
 >>> loss, stats = objective.from_hidden(hidden, weight, labels, ref_logps)  # doctest: +SKIP
 """
 
+from humanline.advantages import group_advantages
 from humanline.checks import debug
+from humanline.mismatched import mismatched_pairs, mismatched_rows
 from humanline.objectives import DPO, GRPO, KTO, PPO, SFT, Objective, SimPO, SLiC, TokenObjective
 from humanline.ops import linear_token_logps, shift, token_logps
 from humanline.perception import BetaRejection, Clip, Identity, Perception, ProspectWeight
@@ -33,7 +35,18 @@ __all__ = [
     "TokenObjective",
     "__version__",
     "debug",
+    "group_advantages",
     "linear_token_logps",
+    "mismatched_pairs",
+    "mismatched_rows",
     "shift",
     "token_logps",
 ]
+
+
+def __getattr__(name: str):
+    if name == "patch_trl":  # imports TRL, so only when it is asked for
+        from humanline.integrations.trl_head import patch_trl
+
+        return patch_trl
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""The command line: ``humanline train``, ``humanline doctor``."""
+"""The command line: ``humanline train``, ``humanline bench``, ``humanline doctor``."""
 
 import argparse
 import importlib.util
@@ -23,7 +23,11 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; the exit code."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    args = vars(_parser().parse_args(argv))
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    if rest and args.command != "bench":  # which has a parser of its own
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    args = vars(args)
     run = args.pop("run")
     try:
         return run(args, argv)
@@ -40,6 +44,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"humanline {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_train(commands)
+    bench = commands.add_parser("bench", help="measure against other libraries", add_help=False)
+    bench.set_defaults(run=_bench)
     doctor = commands.add_parser("doctor", help="what this machine has and what is missing")
     doctor.set_defaults(run=_doctor)
     return parser
@@ -96,6 +102,19 @@ def _train(options: dict[str, Any], argv: list[str]) -> int:
         print(f"humanline: {interrupted}", file=sys.stderr)
         return INTERRUPTED
     return 0
+
+
+def _bench(options: dict[str, Any], argv: list[str]) -> int:
+    checkout = Path(__file__).resolve().parents[1]
+    if not (checkout / "bench/__main__.py").exists():
+        raise UserError(
+            "humanline bench runs from a checkout: the benchmark and its committed results are not "
+            "part of the installed package; clone the repository and pip install -e it"
+        )
+    sys.path.insert(0, str(checkout))
+    from bench.__main__ import main
+
+    return main(argv[argv.index("bench") + 1 :])
 
 
 def _doctor(options: dict[str, Any], argv: list[str]) -> int:

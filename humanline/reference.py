@@ -14,28 +14,36 @@ A training loop reads::
         reference.before_step()
         optimizer.step()
 
-where ``optimizer_steps`` yields, for each optimizer step, the list of its micro-batches. The three
-classes give the same numbers and differ in what they hold:
+where ``optimizer_steps`` yields, for each optimizer step, the list of its micro-batches
+(:func:`humanline.steps.optimizer_steps` makes such of a DataLoader). The three classes give the
+same numbers and differ in what they hold:
 
 | class | holds besides the policy |
 |---|---|
-| :class:`ReferenceCopy` | a second set of weights |
-| :class:`ReferenceAdapter` | a second set of the weights that train, such as a LoRA adapter |
-| :class:`ReferenceLookahead` | no weights: the scores of the next ``sync_every`` steps' batches |
+| :class:`ReferenceCopy` | a second model; frozen weights, such as a LoRA base, are shared with it |
+| :class:`ReferenceAdapter` | no second model: the weights that train, such as a LoRA adapter |
+| :class:`ReferenceLookahead` | no weights: the next ``sync_every`` steps' batches and scores |
+
+Several processes: make the reference after the policy was wrapped or sharded. DDP's wrapper is
+taken off for scoring. Under FSDP2 tensors are copied shard to shard, a sync gathers nothing; as a
+sharded model cannot be deep-copied, :class:`ReferenceCopy` is given a second one, sharded alike.
+DeepSpeed: see :meth:`Reference.before_step`; copy and adapter refuse ZeRO-3.
 """
 
 import copy
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
 from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.nn.parallel import DistributedDataParallel
 
 from humanline.checks import require
+from humanline.distributed import local_shard, reshard
 
 Score = Callable[[nn.Module, Any], Any]
 Step = tuple[list[Any], list[Any]]
@@ -60,8 +68,10 @@ class Reference:
         require(
             sync_every >= 0, lambda: f"sync_every must be 0 (never) or positive, got {sync_every}"
         )
-        self.policy, self.score, self.sync_every = policy, score, sync_every
-        self.model = policy  # what is scored with
+        # DDP's own forward would broadcast buffers, which hangs where ranks score unequal numbers.
+        self.policy = policy.module if isinstance(policy, DistributedDataParallel) else policy
+        self.score, self.sync_every = score, sync_every
+        self.model = self.policy  # what is scored with
         self.step = 0
 
     def steps(self, optimizer_steps: Iterable[list[Any]]) -> Iterator[Step]:
@@ -73,15 +83,29 @@ class Reference:
         for batches in optimizer_steps:
             yield batches, self._scores(batches)
 
+    def scores(self, batches: list[Any]) -> list[Any]:
+        """The scores of micro-batches as they come, for trainers that do not hand out theirs.
+
+        A look-ahead, which holds no weights, scores with the policy as it stands.
+        """
+        return self._scores(batches)
+
     def before_step(self) -> None:
-        """Gradients are ready, the optimizer is about to step: sync if it is time."""
+        """Gradients are ready, the optimizer is about to step: sync if it is time.
+
+        Once per optimizer step, whatever the gradient accumulation. From the end of one step to the
+        next the policy is ``θ_s``, so any moment between them gives the same reference. Where the
+        optimizer steps inside ``backward`` (DeepSpeed's engine, driven by accelerate), call it when
+        the loss of the step's last micro-batch has been computed, before its ``backward``.
+        """
         if self.sync_every and self.step % self.sync_every == 0:
             self._sync()
         self.step += 1
 
     def memory_bytes(self) -> int:
-        """Bytes held besides the policy."""
-        return sum(t.nbytes for t in tree_leaves(self._held()) if isinstance(t, Tensor))
+        """Bytes this process holds besides the policy."""
+        held = {id(t): local_shard(t) for t in _tensors_in(self._held())}
+        return sum(t.nbytes for t in held.values())
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs. The tensors are the reference's own: clone what you keep."""
@@ -122,35 +146,77 @@ class Reference:
         raise NotImplementedError
 
 
-class ReferenceCopy(Reference):
-    """A second set of weights. Args, raises: see :class:`Reference`."""
+class _ReferenceWithWeights(Reference):
+    """Holds ``snapshot``: by name, what of the policy changes, as it was at the last sync."""
+
+    snapshot: dict[str, Tensor]
 
     def __init__(self, policy: nn.Module, score: Score, sync_every: int = 1):
         super().__init__(policy, score, sync_every)
-        self.model = copy.deepcopy(policy).eval().requires_grad_(False)
+        require(
+            not any(hasattr(p, "ds_id") for p in self.policy.parameters()),
+            lambda: (
+                f"{type(self).__name__} cannot copy weights that DeepSpeed ZeRO-3 partitions: use "
+                "ReferenceLookahead, which holds none"
+            ),
+        )
+
+    def _live(self) -> dict[str, Tensor]:
+        """The policy's own, which the snapshot is of."""
+        return _changing(self.policy)
 
     def _sync(self) -> None:
-        _copy(list(_tensors(self.policy).values()), list(_tensors(self.model).values()))
+        _copy(self._live(), self.snapshot, "policy")
 
     def _held(self) -> Any:
-        return _tensors(self.model)
+        return self.snapshot
 
     def _state(self) -> dict[str, Any]:
-        # Frozen weights, such as a LoRA base, are the policy's too: no need to save them.
-        ours = _tensors(self.model)
-        return {"model": {name: ours[name] for name in _changing(self.policy)}}
+        return {"weights": self.snapshot}
 
     def _load(self, state: dict[str, Any]) -> None:
-        _restore(state["model"], self._state()["model"])
+        _copy(state["weights"], self.snapshot, "state")
 
 
-class ReferenceAdapter(Reference):
-    """A snapshot of the weights that train (a LoRA adapter) and of the buffers; for scoring it
-    trades places with the policy's own. Args, raises: see :class:`Reference`."""
+class ReferenceCopy(_ReferenceWithWeights):
+    """A second model.
+
+    Args:
+        policy, score, sync_every: see :class:`Reference`.
+        model: the reference to begin with, which becomes this object's own; under FSDP2 sharded as
+            the policy is. None: a copy of the policy, whose frozen weights the two share.
+
+    Raises:
+        ValueError: see :class:`Reference`; ``model`` has other weights than the policy, or shards
+            them otherwise; the policy is partitioned by DeepSpeed ZeRO-3.
+    """
+
+    def __init__(
+        self,
+        policy: nn.Module,
+        score: Score,
+        sync_every: int = 1,
+        model: nn.Module | None = None,
+    ):
+        super().__init__(policy, score, sync_every)
+        self.shares_frozen = model is None
+        # Weights keep requires_grad: without gradients too, matmul picks its algorithm by it.
+        self.model = (_copy_of(self.policy) if model is None else model).eval()
+        ours = _tensors(self.model)
+        _require_alike(ours, _tensors(self.policy), "model")
+        self.snapshot = {name: ours[name] for name in self._live()}
+
+    def _live(self) -> dict[str, Tensor]:
+        return _changing(self.policy) if self.shares_frozen else _tensors(self.policy)
+
+
+class ReferenceAdapter(_ReferenceWithWeights):
+    """The weights that train (a LoRA adapter) and the buffers; for scoring they trade places with
+    the policy's own. Args, raises: see :class:`ReferenceCopy`."""
 
     def __init__(self, policy: nn.Module, score: Score, sync_every: int = 1):
         super().__init__(policy, score, sync_every)
-        self.snapshot = {name: t.detach().clone() for name, t in _changing(policy).items()}
+        self.snapshot = {name: t.detach().clone() for name, t in self._live().items()}
 
     def _scores(self, batches: list[Any]) -> list[Any]:
         with self._in_place_of_the_policy():
@@ -158,35 +224,23 @@ class ReferenceAdapter(Reference):
 
     @contextmanager
     def _in_place_of_the_policy(self) -> Iterator[None]:
-        self._trade()
+        live = self._live()
+        _require_alike(live, self.snapshot, "policy")
+        _trade(live, self.snapshot)
         try:
             yield
         finally:
-            self._trade()
-
-    def _trade(self) -> None:
-        for name, live in _changing(self.policy).items():
-            kept = self.snapshot[name]
-            live.data, kept.data = kept.data, live.data
-
-    def _sync(self) -> None:
-        _copy(list(_changing(self.policy).values()), list(self.snapshot.values()))
-
-    def _held(self) -> Any:
-        return self.snapshot
-
-    def _state(self) -> dict[str, Any]:
-        return {"adapter": self.snapshot}
-
-    def _load(self, state: dict[str, Any]) -> None:
-        _restore(state["adapter"], self.snapshot)
+            _trade(live, self.snapshot)
 
 
 class ReferenceLookahead(Reference):
     """No second set of weights. At a sync the *next* ``sync_every`` steps' batches go through the
-    policy as it stands, before it steps; their scores are kept until they are due.
+    policy as it stands, before it steps; they and their scores are kept until they are due.
 
     ``steps`` is called once, with the steps of all epochs; again only after ``load_state_dict``.
+    Batches are drawn earlier than they are trained on: if drawing them uses training's random
+    numbers, these come in another order than without look-ahead
+    (:func:`humanline.steps.optimizer_steps` draws with random numbers of its own).
 
     Args, raises: see :class:`Reference`; besides, ``sync_every=0`` is an error: all the batches
     there will ever be would have to be scored in advance.
@@ -236,10 +290,10 @@ class ReferenceLookahead(Reference):
             self._coming.append((batches, self._scores(batches)))
 
     def _held(self) -> Any:
-        return [scores for _, scores in self._coming]
+        return self._coming
 
     def _state(self) -> dict[str, Any]:
-        return {"scores": self._held() or self._loaded}
+        return {"scores": [scores for _, scores in self._coming] or self._loaded}
 
     def _load(self, state: dict[str, Any]) -> None:
         self._coming.clear()
@@ -265,31 +319,76 @@ def scoring(model: nn.Module) -> Iterator[None]:
         finally:
             for module, training in modes:
                 module.training = training
+            reshard(model)  # else a weight gathered before an optimizer step is used after it
+
+
+def _copy_of(policy: nn.Module) -> nn.Module:
+    frozen = {id(p): p for p in policy.parameters() if not p.requires_grad}
+    return copy.deepcopy(policy, memo=frozen)  # what the memo knows is not copied
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Weights, each once however often it is tied, and buffers; under FSDP2 the sharded ones."""
+    reshard(model)
     return dict(model.named_parameters()) | dict(model.named_buffers())
 
 
 def _changing(model: nn.Module) -> dict[str, Tensor]:
-    """Weights that train, each once however often it is tied, and buffers."""
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    return trained | dict(model.named_buffers())
+    """The same without frozen weights."""
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    return {name: t for name, t in _tensors(model).items() if name not in frozen}
+
+
+def _tensors_in(x: Any) -> Iterator[Tensor]:
+    if isinstance(x, Tensor):
+        yield x
+    elif isinstance(x, Mapping):
+        yield from _tensors_in(list(x.values()))
+    elif is_dataclass(x):
+        yield from _tensors_in([getattr(x, field.name) for field in fields(x)])
+    elif isinstance(x, list | tuple | deque):
+        for item in x:
+            yield from _tensors_in(item)
 
 
 @torch.no_grad()
-def _copy(source: list[Tensor], target: list[Tensor]) -> None:
+def _copy(source: dict[str, Tensor], target: dict[str, Tensor], what: str) -> None:
+    """Shard to shard, in few launches."""
+    _require_alike(source, target, what)
     if target:
-        torch._foreach_copy_(target, source)
+        torch._foreach_copy_(
+            [local_shard(t) for t in target.values()], [local_shard(source[n]) for n in target]
+        )
 
 
-def _restore(stored: dict[str, Tensor], ours: dict[str, Tensor]) -> None:
+@torch.no_grad()
+def _trade(live: dict[str, Tensor], snapshot: dict[str, Tensor]) -> None:
+    for name, a in live.items():
+        b = snapshot[name]
+        if local_shard(a) is a:
+            a.data, b.data = b.data, a.data
+        else:  # FSDP2 gathers from the memory the shard was born in: values have to move
+            a, b = local_shard(a), local_shard(b)
+            values = a.clone()
+            a.copy_(b)
+            b.copy_(values)
+
+
+def _require_alike(theirs: dict[str, Tensor], ours: dict[str, Tensor], what: str) -> None:
+    def shapes(tensors):
+        return {name: tuple(local_shard(t).shape) for name, t in tensors.items()}
+
+    a, b = shapes(theirs), shapes(ours)
     require(
-        ours.keys() == stored.keys()
-        and all(ours[name].shape == stored[name].shape for name in ours),
+        a == b,
         lambda: (
-            "the state is that of a reference with other weights: "
-            f"{sorted(ours.keys() ^ stored.keys())[:5] or 'their shapes'} differ"
+            f"the {what} is that of a reference with other weights (wrap, shard, freeze, unfreeze "
+            f"before making it): {_some(dict(a.items() - b.items()))} instead of "
+            f"{_some(dict(b.items() - a.items()))}"
         ),
     )
-    _copy([stored[name] for name in ours], list(ours.values()))
+
+
+def _some(shapes: dict[str, tuple[int, ...]]) -> str:
+    named = [f"{name} {list(shape)}" for name, shape in sorted(shapes.items())]
+    return ", ".join(named[:3] + ["…"] * (len(named) > 3)) or "nothing"

@@ -6,6 +6,7 @@ log-probs needs nothing of an objective but these ``[N]`` floats, and autograd f
 floats, at no cost beside the rows' logits.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -72,6 +73,8 @@ class Problem:
     def stats(self, evaluation: "Evaluation") -> dict[str, Tensor]:
         """The objective's statistics and the library's own, detached."""
         rows, coefficients = evaluation.rows, evaluation.coefficients
+        if evaluation.stats is not None:
+            return evaluation.stats
         with torch.no_grad():
             rows = Rows(**{f.name: _detach(getattr(rows, f.name)) for f in fields(rows)})
             stats = self.objective.stats(rows, **self.batch)
@@ -103,11 +106,13 @@ class Coefficients:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What the seam gives back: the detached loss, each row's coefficients, the rows themselves."""
+    """What the seam gives back: the detached loss, each row's coefficients, and the rows themselves
+    or the statistics already made of them."""
 
     loss: Tensor
     coefficients: Coefficients
-    rows: Rows
+    rows: Rows | None = None
+    stats: dict[str, Tensor] | None = None
 
 
 def evaluate(
@@ -134,7 +139,10 @@ def evaluate(
 
 
 def finish(
-    problem: Problem, logps: Tensor, entropy: Tensor | None
+    problem: Problem,
+    logps: Tensor,
+    entropy: Tensor | None,
+    evaluate: Callable[[Problem, Tensor, Tensor | None], Evaluation] = evaluate,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss, differentiable with respect to row-shaped log-probs and entropy, and statistics."""
     logps = at_least_float32(logps).reshape(-1)

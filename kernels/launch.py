@@ -1,9 +1,13 @@
-"""What every row kernel is launched with: how the rows lie in memory, how wide a tile is."""
+"""What the kernels are launched with: how the rows lie in memory, how large a tile is."""
 
-from dataclasses import dataclass
+import os
+import sys
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 
 @dataclass(frozen=True)
@@ -47,17 +51,113 @@ def dense(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.reshape(-1).contiguous()
 
 
+# Warps a row is given, by its length: up to so many logits, so many warps. By device, as
+# `device_key` names it; one that is not listed takes "any". Lines for a
+# device come out of `bench/gpu.sh` (configurations.jsonl).
+ROW_WARPS: dict[str, dict[int, int]] = {
+    "any": {4_096: 4, 16_384: 8, 65_536: 16, sys.maxsize: 32},
+}
+
+
+@lru_cache
+def device_key(index: int | None) -> str:
+    """Such as "sm_90" or "gfx942"; "any" without a GPU."""
+    if index is None:
+        return "any"
+    if torch.version.hip:
+        return torch.cuda.get_device_properties(index).gcnArchName.split(":")[0]
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(index))
+
+
 def row_config(vocab: int, dtype: torch.dtype) -> dict[str, int]:
-    """Tile and warps for rows of this length.
+    """Tile and warps for rows of this length, on the current device.
 
     A long row gets 1,024 threads, so that one program fills an SM: with a row of 300 kB to each of
     132 SMs, the second read finds the row in L2. 32 bytes a thread and step keep two 16-byte loads
-    in flight.
+    in flight. Tuned only if asked for, by ``HUMANLINE_AUTOTUNE=1``: the fastest differs from run to
+    run, and with it the last bits of a sum.
     """
-    warps = 4 if vocab <= 4096 else 8 if vocab <= 16384 else 16 if vocab <= 65536 else 32
+    index = torch.cuda.current_device() if torch.cuda.is_available() else None
+    if index is not None and os.environ.get("HUMANLINE_AUTOTUNE") == "1":
+        from .autotune import fastest_warps
+
+        return row_tile(fastest_warps(vocab, dtype, index), dtype)
+    by_length = ROW_WARPS.get(device_key(index), ROW_WARPS["any"])
+    return row_tile(next(w for length, w in by_length.items() if vocab <= length), dtype)
+
+
+def row_tile(warps: int, dtype: torch.dtype) -> dict[str, int]:
+    """The launch arguments for so many warps of 32 threads."""
+    lanes = 32 * warps
     if torch.version.hip:  # 64 lanes a warp, 1,024 threads at most
         warps = max(warps // 2, 1)
         lanes = 64 * warps
-    else:
-        lanes = 32 * warps
     return {"LANES": lanes, "PER_LANE": 32 // max(dtype.itemsize, 2), "num_warps": warps}
+
+
+@dataclass(frozen=True)
+class GemmConfig:
+    """Tiles of a GEMM ``[N, H] @ [V, H]ᵀ``: ``rows`` of N × ``columns`` of V × ``depth`` of H.
+
+    ``descriptors`` says whether the target loads tiles by TMA.
+    """
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+    descriptors: bool = False
+
+    @property
+    def launch(self) -> dict[str, int]:
+        return {
+            "ROWS": self.rows,
+            "COLUMNS": self.columns,
+            "DEPTH": self.depth,
+            "num_warps": self.warps,
+            "num_stages": self.stages,
+        }
+
+
+# Chosen by reasoning (see linear_logps.py) and by bench/compile_report.py: no registers spilled.
+# - sm_90: what two warpgroups can accumulate, four stages of 48 kB.
+# - sm_100: the accumulator is in tensor memory, the rest the same.
+# - others: 128 × 128 in 64 kB of shared memory, which sm_86, sm_89, sm_120 and gfx942 have too.
+# A row's numbers must not depend on the number of rows, so a tile does not either.
+_HALF = {
+    "sm_90": GemmConfig(128, 256, 64, warps=8, stages=4, descriptors=True),
+    "sm_100": GemmConfig(128, 256, 64, warps=8, stages=4, descriptors=True),
+    "gfx": GemmConfig(128, 128, 64, warps=8, stages=2),
+    "sm_80": GemmConfig(128, 128, 32, warps=8, stages=4),
+}
+# Full float32 without tensor cores: multiply-adds from registers.
+_FULL = GemmConfig(64, 64, 16, warps=4, stages=2)
+
+
+def gemm_target(x: Tensor) -> str:
+    """The row of the table for the device of ``x``; Triton's interpreter runs sm_90's tiles."""
+    if torch.version.hip:
+        return "gfx"
+    major = torch.cuda.get_device_capability(x.device)[0] if x.is_cuda else 9
+    return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
+
+
+def gemm_config(dtype: torch.dtype, target: str, columns: int = 256) -> GemmConfig:
+    """Tiles for this dtype and target, at most so many columns: a long epilogue needs registers."""
+    config = _FULL if dtype == torch.float32 else _HALF[target]
+    return replace(config, columns=min(config.columns, columns))
+
+
+def operand(x: Tensor, tile: tuple[int, int], config: GemmConfig) -> Tensor | TensorDescriptor:
+    """``x [R, C]`` as a descriptor of such tiles, where the target has them and rows are aligned
+    to 16 bytes; as it is elsewhere."""
+    aligned = x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
+    if not (config.descriptors and aligned and x.stride(0) >= x.shape[1]):
+        return x
+    return TensorDescriptor(x, [*x.shape], [*x.stride()], [*tile])
+
+
+def row_group(config: GemmConfig, width: int, dtype: torch.dtype) -> int:
+    """Row tiles that run together: as many as 16 MiB of L2 hold the hidden states of."""
+    return max(16 * 2**20 // (config.rows * width * dtype.itemsize), 1)

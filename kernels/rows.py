@@ -21,65 +21,16 @@ def row_offset(row, rows_per_batch, batch_stride_rows, row_stride):
 
 
 @triton.jit
+def row_value(ptr, row, PRESENT: tl.constexpr, otherwise):
+    """A row's value, or ``otherwise`` where there is no such tensor."""
+    if PRESENT:
+        return tl.load(ptr + row).to(tl.float32)
+    return otherwise
+
+
+@triton.jit
 def tile_columns(LANES: tl.constexpr, PER_LANE: tl.constexpr):
     return tl.arange(0, LANES)[:, None] * PER_LANE + tl.arange(0, PER_LANE)[None, :]
-
-
-@triton.jit
-def row_statistics(
-    row_ptr, V, scale, ENTROPY: tl.constexpr, LANES: tl.constexpr, PER_LANE: tl.constexpr
-):
-    """Maximum ``m`` of the row ``z``, ``s = Σ 2^((z−m) scale)``, and with ENTROPY
-    ``t = Σ 2^((z−m) scale) (z−m)``.
-
-    The maximum is subtracted before the scale is applied, where it is exact: at logits of 1e4 the
-    product alone would lose three digits.
-    """
-    columns = tile_columns(LANES, PER_LANE)
-    m = tl.full([LANES], float("-inf"), tl.float32)
-    s = tl.zeros([LANES], tl.float32)
-    t = tl.zeros([LANES], tl.float32)
-    for start in range(0, V, LANES * PER_LANE):
-        inside = start + columns < V
-        z = tl.load(
-            row_ptr + start + columns,
-            mask=inside,
-            other=float("-inf"),
-            eviction_policy="evict_last",
-        )
-        z = tl.where(inside, z.to(tl.float32), float("-inf"))
-        m_new = tl.maximum(m, tl.max(z, 1))
-        finite = tl.where(m_new == float("-inf"), 0.0, m_new)
-        e = tl.exp2((z - finite[:, None]) * scale)
-        shrink = tl.exp2((m - finite) * scale)
-        if ENTROPY:
-            moved = tl.where(s > 0, s * (m - finite), 0.0)
-            t = (t + moved) * shrink
-            t += tl.sum(tl.where(e > 0, e * (z - finite[:, None]), 0.0), 1)
-        s = s * shrink + tl.sum(e, 1)
-        m = m_new
-    top = tl.max(m, 0)
-    finite = tl.where(top == float("-inf"), 0.0, top)
-    shrink = tl.exp2((m - finite) * scale)
-    if ENTROPY:
-        moved = tl.where(s > 0, s * (m - finite), 0.0)
-        t_all = tl.sum(tl.where(s > 0, (t + moved) * shrink, 0.0), 0)
-    else:
-        t_all = 0.0
-    return top, tl.sum(s * shrink, 0), t_all
-
-
-@triton.jit
-def label_logp(row_ptr, label, inverse_temperature, m, s):
-    """Log-prob in nats of the label, from the row's statistics."""
-    z = tl.load(row_ptr + label).to(tl.float32)
-    return (z - m) * inverse_temperature - tl.log(s)
-
-
-@triton.jit
-def row_entropy(inverse_temperature, s, t):
-    """Entropy in nats, from the row's statistics."""
-    return tl.log(s) - t / s * inverse_temperature
 
 
 @triton.jit
@@ -93,6 +44,147 @@ def one_minus_exp(x):
     series = 1.0 + x * (1.0 / 3) * series
     series = 1.0 + x * (1.0 / 2) * series
     return tl.where(x > -0.25, -x * series, 1.0 - tl.exp(x))
+
+
+@triton.jit
+def tanh_and_slope(x):
+    """``tanh x`` and ``1 − tanh² x``, both to the last digits at either end."""
+    e = tl.exp(-2.0 * tl.abs(x))
+    tanh = one_minus_exp(-2.0 * tl.abs(x)) / (1.0 + e)
+    return tl.where(x < 0, -tanh, tanh), 4.0 * e / ((1.0 + e) * (1.0 + e))
+
+
+@triton.jit
+def head_options(z, columns, inside, bias_ptr, logit_scale, logit_softcap, SOFTCAP: tl.constexpr):
+    """Logits from a head's product ``z`` at these columns, and ``d logits / dz``: ``+ bias``,
+    ``· logit_scale``, ``logit_softcap · tanh(· / logit_softcap)``."""
+    if bias_ptr is not None:
+        z += tl.load(bias_ptr + columns, inside, other=0.0).to(tl.float32)
+    z *= logit_scale
+    slope = logit_scale
+    if SOFTCAP:
+        tanh, tanh_slope = tanh_and_slope(z / logit_softcap)
+        z = logit_softcap * tanh
+        slope = logit_scale * tanh_slope
+    return z, slope
+
+
+@triton.jit
+def add_tile(m, s, t, z, scale, ENTROPY: tl.constexpr):
+    """The statistics ``m, s, t [R]`` (see row_statistics) with a tile ``z [R, C]`` added."""
+    m_new = tl.maximum(m, tl.max(z, 1))
+    finite = tl.where(m_new == float("-inf"), 0.0, m_new)
+    e = tl.exp2((z - finite[:, None]) * scale[:, None])
+    shrink = tl.exp2((m - finite) * scale)
+    if ENTROPY:
+        moved = tl.where(s > 0, s * (m - finite), 0.0)
+        t = (t + moved) * shrink
+        t += tl.sum(tl.where(e > 0, e * (z - finite[:, None]), 0.0), 1)
+    return m_new, s * shrink + tl.sum(e, 1), t
+
+
+@triton.jit
+def merge(m, s, t, scale, ENTROPY: tl.constexpr):
+    """One row's statistics from those ``[R]`` of its parts."""
+    top = tl.max(m, 0)
+    finite = tl.where(top == float("-inf"), 0.0, top)
+    shrink = tl.exp2((m - finite) * scale)
+    if ENTROPY:
+        moved = tl.where(s > 0, s * (m - finite), 0.0)
+        t_all = tl.sum(tl.where(s > 0, (t + moved) * shrink, 0.0), 0)
+    else:
+        t_all = 0.0
+    return top, tl.sum(s * shrink, 0), t_all
+
+
+@triton.jit
+def row_statistics(
+    row_ptr,
+    V,
+    scale,
+    ENTROPY: tl.constexpr,
+    LANES: tl.constexpr,
+    PER_LANE: tl.constexpr,
+    bias_ptr=None,
+    logit_scale=1.0,
+    logit_softcap=0.0,
+    SOFTCAP: tl.constexpr = False,
+):
+    """Maximum ``m`` of the row ``z``, ``s = Σ 2^((z−m) scale)``, and with ENTROPY
+    ``t = Σ 2^((z−m) scale) (z−m)``.
+
+    The maximum is subtracted before the scale is applied, where it is exact: at logits of 1e4 the
+    product alone would lose three digits.
+    """
+    columns = tile_columns(LANES, PER_LANE)
+    scales = tl.full([LANES], scale, tl.float32)
+    m = tl.full([LANES], float("-inf"), tl.float32)
+    s = tl.zeros([LANES], tl.float32)
+    t = tl.zeros([LANES], tl.float32)
+    for start in range(0, V, LANES * PER_LANE):
+        inside = start + columns < V
+        z = tl.load(
+            row_ptr + start + columns,
+            mask=inside,
+            other=float("-inf"),
+            eviction_policy="evict_last",
+        ).to(tl.float32)
+        z, _ = head_options(
+            z, start + columns, inside, bias_ptr, logit_scale, logit_softcap, SOFTCAP
+        )
+        z = tl.where(inside, z, float("-inf"))
+        m, s, t = add_tile(m, s, t, z, scales, ENTROPY)
+    return merge(m, s, t, scale, ENTROPY)
+
+
+@triton.jit
+def label_logp(
+    row_ptr,
+    label,
+    inverse_temperature,
+    m,
+    s,
+    bias_ptr=None,
+    logit_scale=1.0,
+    logit_softcap=0.0,
+    SOFTCAP: tl.constexpr = False,
+):
+    """Log-prob in nats of the label, from the row's statistics."""
+    z = tl.load(row_ptr + label).to(tl.float32)
+    z, _ = head_options(z, label, True, bias_ptr, logit_scale, logit_softcap, SOFTCAP)
+    return (z - m) * inverse_temperature - tl.log(s)
+
+
+@triton.jit
+def row_entropy(inverse_temperature, s, t):
+    """Entropy in nats, from the row's statistics."""
+    return tl.log(s) - t / s * inverse_temperature
+
+
+@triton.jit
+def logit_gradient(
+    z,
+    is_label,
+    at_label,
+    m,
+    log2_s,
+    scale,
+    entropy,
+    g,
+    g_entropy,
+    ENTROPY: tl.constexpr,
+):
+    """``g (onehot − p) + g_entropy (−p log p − p H)`` of the logits ``z`` over the temperature.
+
+    Every other argument is of a row: a scalar, or ``[R, 1]`` for a tile ``z [R, C]``. ``at_label``
+    is ``g (1 − p)`` of the label, which would cancel where its p is 1.
+    """
+    log2_p = (z - m) * scale - log2_s
+    p = tl.exp2(log2_p)
+    grad = tl.where(is_label, at_label, -g * p)
+    if ENTROPY:
+        grad -= tl.where(p > 0, g_entropy * p * (log2_p * LN2 + entropy), 0.0)
+    return grad
 
 
 @triton.jit
@@ -111,10 +203,15 @@ def write_gradient(
     ENTROPY: tl.constexpr,
     LANES: tl.constexpr,
     PER_LANE: tl.constexpr,
+    bias_ptr=None,
+    logit_scale=1.0,
+    logit_softcap=0.0,
+    SOFTCAP: tl.constexpr = False,
 ):
     """Write ``(g (onehot − p) + g_entropy (−p log p − p H)) / temperature``, each element once.
 
-    ``m`` and ``s`` are the row's statistics, ``logp`` and ``entropy`` in nats.
+    ``m`` and ``s`` are the row's statistics, ``logp`` and ``entropy`` in nats. The gradient is that
+    of the head's product where options of the head are given, see head_options.
     """
     scale = inverse_temperature * LOG2E
     log2_s = tl.log2(s)
@@ -127,13 +224,23 @@ def write_gradient(
             mask=inside,
             other=float("-inf"),
             eviction_policy="evict_first",
+        ).to(tl.float32)
+        z, slope = head_options(
+            z, start + columns, inside, bias_ptr, logit_scale, logit_softcap, SOFTCAP
         )
-        log2_p = (z.to(tl.float32) - m) * scale - log2_s
-        p = tl.exp2(log2_p)
-        grad = tl.where(start + columns == label, at_label, -g * p)
-        if ENTROPY:
-            grad -= tl.where(p > 0, g_entropy * p * (log2_p * LN2 + entropy), 0.0)
-        grad = (grad * inverse_temperature).to(grad_ptr.dtype.element_ty)
+        grad = logit_gradient(
+            z,
+            start + columns == label,
+            at_label,
+            m,
+            log2_s,
+            scale,
+            entropy,
+            g,
+            g_entropy,
+            ENTROPY,
+        )
+        grad = (grad * inverse_temperature * slope).to(grad_ptr.dtype.element_ty)
         tl.store(grad_ptr + start + columns, grad, inside)
 
 

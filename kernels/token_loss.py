@@ -20,20 +20,13 @@ from .rows import (
     row_entropy,
     row_offset,
     row_statistics,
+    row_value,
     write_gradient,
     write_zeros,
 )
 from .token_logps import inverse_temperature
 
 _LENGTHS = ["rows_per_batch", "batch_stride_rows", "grad_rows_per_batch", "grad_batch_stride_rows"]
-
-
-@triton.jit
-def row_value(ptr, row, PRESENT: tl.constexpr, otherwise):
-    """A row's value, or ``otherwise`` where there is no such tensor."""
-    if PRESENT:
-        return tl.load(ptr + row).to(tl.float32)
-    return otherwise
 
 
 @triton.jit(do_not_specialize=_LENGTHS)

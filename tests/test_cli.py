@@ -236,3 +236,13 @@ def test_help_is_quick_to_come():
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
     assert result.stdout.strip() == "False"
+
+
+def test_bench_takes_its_own_options(capsys):
+    assert "active must be a fraction" in error_of(capsys, "bench", "--active", "2")
+    assert "exclude each other" in error_of(capsys, "bench", "--suite", "cpu", "--active", "1")
+
+
+def test_bench_outside_a_checkout_says_what_it_needs(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(cli, "__file__", str(tmp_path / "humanline/cli.py"))
+    assert error_of(capsys, "bench").startswith("humanline bench runs from a checkout")

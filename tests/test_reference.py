@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from humanline.reference import ReferenceCopy
+from humanline.reference import ReferenceAdapter, ReferenceCopy
 
 
 class Model(nn.Module):
@@ -28,7 +28,9 @@ def score(model, batch):
 
 
 def storages(model):
-    return {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
+    """Where a model keeps what changes."""
+    trained = {n: t for n, t in model.state_dict().items() if not n.startswith("frozen")}
+    return {t.untyped_storage().data_ptr() for t in trained.values()}
 
 
 def same(a, b):
@@ -41,21 +43,53 @@ def snapshot(model):
 
 
 def move(model):
-    """An optimizer step: every weight and buffer moves."""
+    """An optimizer step: every weight that trains and every buffer moves."""
+    trained = [p for p in model.parameters() if p.requires_grad]
     with torch.no_grad():
-        for t in [*model.parameters(), *model.buffers()]:
+        for t in [*trained, *model.buffers()]:
             if t.is_floating_point():
-                t += torch.randn_like(t)
+                t += torch.rand_like(t)  # not below 0: variances are among them
 
 
-def test_it_shares_no_memory_and_takes_no_gradient():
+def test_it_shares_frozen_weights_alone():
     policy = Model()
     reference = ReferenceCopy(policy, score)
     assert same(reference.model, policy)
     assert not storages(reference.model) & storages(policy)
-    assert not any(p.requires_grad for p in reference.model.parameters())
+    assert reference.model.frozen.weight is policy.frozen.weight
     assert not reference.model.training and policy.training
     assert policy.embedding.weight.requires_grad and not policy.frozen.weight.requires_grad
+
+
+def test_the_copy_computes_with_the_algorithms_the_policy_has():
+    """at::matmul folds a batch or not by ``requires_grad``, whether or not gradients are on."""
+    policy = nn.Linear(64, 64)
+    reference = ReferenceCopy(policy, score)
+    x = torch.randn(7, 5, 64).transpose(0, 1)  # not contiguous: linear goes through matmul
+    (scores,) = next(reference.steps([[x]]))[1]
+    with torch.no_grad():
+        assert torch.equal(scores, policy(x))
+    assert not scores.requires_grad
+    assert all(p.requires_grad for p in reference.model.parameters())
+
+
+def test_it_can_begin_with_another_model():
+    policy, first = Model(), Model()
+    kept = snapshot(first)
+    reference = ReferenceCopy(policy, lambda model, batch: model(batch).sum(), model=first)
+    assert reference.model is first and all(
+        torch.equal(kept[name], t) for name, t in first.state_dict().items()
+    )
+    ids = torch.tensor([[1, 2], [3, 0]]).reshape(-1)
+    with torch.no_grad():
+        assert reference.scores([ids]) == [first(ids).sum()]
+    reference.before_step()
+    assert same(first, policy)  # frozen weights too
+    assert first.frozen.weight is not policy.frozen.weight
+    everything = sum(t.nbytes for t in [*policy.parameters(), *policy.buffers()])
+    assert reference.memory_bytes() == everything
+    with pytest.raises(ValueError, match="model is that of a reference with other weights"):
+        ReferenceCopy(policy, score, model=nn.Linear(2, 3))
 
 
 def test_tied_weights_stay_tied():
@@ -66,7 +100,8 @@ def test_tied_weights_stay_tied():
     assert reference.model.head.weight is reference.model.embedding.weight
     assert same(reference.model, policy)
     assert not storages(reference.model) & storages(policy)
-    held = sum(t.nbytes for t in [*policy.parameters(), *policy.buffers()])
+    frozen = sum(p.nbytes for p in policy.frozen.parameters())
+    held = sum(t.nbytes for t in [*policy.parameters(), *policy.buffers()]) - frozen
     assert reference.memory_bytes() == held  # tied weights are held once
 
 
@@ -110,15 +145,13 @@ def test_state_round_trip_in_the_middle_of_a_period():
         name: value if name == "step" else {n: t.clone() for n, t in value.items()}
         for name, value in reference.state_dict().items()
     }
-    frozen = [n for n in state["model"] if n.startswith("frozen")]
+    frozen = [n for n in state["weights"] if n.startswith("frozen")]
     assert state["step"] == 2 and not frozen  # frozen weights are the policy's: not saved
 
     resumed_policy = Model().eval()
     resumed_policy.load_state_dict(policy.state_dict())
     resumed = ReferenceCopy(resumed_policy, score, sync_every=3)
     resumed.load_state_dict(state)
-    # The frozen weights moved in this test alone: bring them along.
-    resumed.model.frozen.load_state_dict(reference.model.frozen.state_dict())
     assert same(resumed.model, reference.model) and resumed.step == 2
     for step in (2, 3):
         for r in (reference, resumed):
@@ -134,8 +167,39 @@ def test_state_round_trip_in_the_middle_of_a_period():
 def test_the_state_of_another_model_is_refused():
     reference = ReferenceCopy(nn.Linear(2, 2), score)
     for other in (nn.Linear(3, 2), nn.Linear(2, 2, bias=False)):
-        with pytest.raises(ValueError, match="reference with other weights"):
+        with pytest.raises(ValueError, match=r"weight \[2, 3\] instead of|nothing instead of bias"):
             reference.load_state_dict(ReferenceCopy(other, score).state_dict())
+
+
+def test_a_live_state_dict_would_follow_the_policy_and_the_snapshot_does_not():
+    policy = Model()
+    optimizer = torch.optim.SGD([p for p in policy.parameters() if p.requires_grad], lr=1.0)
+    references = [kind(policy, score) for kind in (ReferenceCopy, ReferenceAdapter)]
+    before, live = snapshot(policy), policy.state_dict()
+    policy(torch.arange(5)).square().sum().backward()  # moves the norm's buffers too
+    optimizer.step()
+    for name in ("embedding.weight", "norm.running_mean"):
+        assert not torch.equal(live[name], before[name])
+        for reference in references:
+            assert torch.equal(reference.state_dict()["weights"][name], before[name])
+
+
+def test_a_sync_is_one_multi_tensor_copy(monkeypatch):
+    calls, copy = [], torch._foreach_copy_
+    monkeypatch.setattr(torch, "_foreach_copy_", lambda *a: (calls.append(len(a[0])), copy(*a)))
+    for kind in (ReferenceCopy, ReferenceAdapter):
+        reference = kind(Model(), score)
+        reference.before_step()
+        assert calls.pop() == len(reference.snapshot) and not calls
+
+
+@pytest.mark.parametrize("kind", [ReferenceCopy, ReferenceAdapter])
+def test_weights_unfrozen_after_it_was_made_are_refused(kind):
+    policy = Model()
+    reference = kind(policy, score)
+    policy.frozen.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"unfreeze.*: frozen.bias \[3\], frozen.weight"):
+        reference.before_step()
 
 
 def test_a_negative_schedule_is_refused():

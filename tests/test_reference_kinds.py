@@ -1,6 +1,7 @@
 """Copy, adapter and look-ahead give the same numbers, those of the rule written out in a loop."""
 
 import copy
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -49,9 +50,9 @@ def make_optimizer(policy):
     return torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=1e-2)
 
 
-def train_from(policy, optimizer, reference, accumulation, first=0, until=STEPS):
+def train_from(policy, optimizer, reference, steps, until=STEPS):
     losses = []
-    for batches, scores in reference.steps(make_steps(accumulation, first)):
+    for batches, scores in reference.steps(steps):
         for batch, ref_logps in zip(batches, scores, strict=True):
             loss = loss_of(policy, batch, ref_logps) / len(batches)
             loss.backward()
@@ -69,7 +70,7 @@ def train(kind, sync_every, accumulation):
     policy = make_policy()
     reference = REFERENCES[kind](policy, score, sync_every)
     torch.manual_seed(2)
-    losses = train_from(policy, make_optimizer(policy), reference, accumulation)
+    losses = train_from(policy, make_optimizer(policy), reference, make_steps(accumulation))
     return losses, policy, reference
 
 
@@ -145,7 +146,7 @@ def test_a_resumed_run_goes_on_bitwise(kind, stop):
     reference = REFERENCES[kind](policy, score, 3)
     optimizer = make_optimizer(policy)
     torch.manual_seed(2)
-    begun = train_from(policy, optimizer, reference, 2, until=stop)
+    begun = train_from(policy, optimizer, reference, make_steps(2), until=stop)
     state = copy.deepcopy([policy.state_dict(), optimizer.state_dict(), reference.state_dict()])
     rng = torch.get_rng_state()
 
@@ -153,24 +154,95 @@ def test_a_resumed_run_goes_on_bitwise(kind, stop):
     optimizer, reference = make_optimizer(policy), REFERENCES[kind](policy, score, 3)
     for thing, saved in zip((policy, optimizer, reference), state, strict=True):
         thing.load_state_dict(saved)
-    if kind == "copy":  # frozen weights are the policy's: not saved twice
-        reference.model.embedding.load_state_dict(policy.embedding.state_dict())
     torch.set_rng_state(rng)
-    assert begun + train_from(policy, optimizer, reference, 2, first=stop) == whole
+    assert begun + train_from(policy, optimizer, reference, make_steps(2, stop)) == whole
+
+
+def lora_policy():
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(
+        r=2, target_modules=["body.0", "head"], lora_dropout=0.2, init_lora_weights=False
+    )
+    torch.manual_seed(1)
+    model = Model()
+    model.body[3].weight = nn.Parameter(model.body[3].weight.clone())  # an adapter is not tied
+    return peft.get_peft_model(model, config).train()
+
+
+@pytest.mark.parametrize("sync_every", [1, 4])
+def test_with_peft_the_adapter_alone_is_a_full_copys_run(sync_every):
+    """Bitwise, against a second LoRA model with a base of its own."""
+
+    def run(make_reference):
+        policy = lora_policy()
+        reference = make_reference(policy)
+        torch.manual_seed(2)
+        return train_from(policy, make_optimizer(policy), reference, make_steps(2)), reference
+
+    def full(policy):
+        return ReferenceCopy(policy, score, sync_every, model=copy.deepcopy(policy))
+
+    expected, whole = run(full)
+    for kind in REFERENCES.values():
+        losses, reference = run(lambda policy, kind=kind: kind(policy, score, sync_every))
+        assert losses == expected
+        if kind is not ReferenceLookahead:
+            assert reference.snapshot and all("lora_" in name for name in reference.snapshot)
+            assert reference.memory_bytes() < whole.memory_bytes() / 2
+
+
+class Engine:
+    """DeepSpeed's engine as accelerate drives it: the optimizer steps inside ``backward``."""
+
+    def __init__(self, module, accumulation):
+        self.module, self.accumulation, self.micro_steps = module, accumulation, 0
+        self.optimizer = make_optimizer(module)
+
+    def backward(self, loss):
+        loss.backward()
+        self.micro_steps += 1
+        if self.micro_steps % self.accumulation == 0:
+            nn.utils.clip_grad_norm_(self.module.parameters(), 1.0)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("kind", REFERENCES)
+def test_where_the_step_is_inside_backward_the_hook_is_before_it(kind):
+    engine = Engine(make_policy(), 2)
+    reference = REFERENCES[kind](engine.module, score, 3)
+    torch.manual_seed(2)
+    losses = []
+    for batches, scores in reference.steps(make_steps(2)):
+        for batch, ref_logps in zip(batches, scores, strict=True):
+            loss = loss_of(engine.module, batch, ref_logps) / len(batches)
+            if batch is batches[-1]:  # gradients will synchronise
+                reference.before_step()
+            engine.backward(loss)
+            losses.append(loss.item())
+    assert losses == transcription(3, 2)
+
+
+def test_weights_that_zero_3_partitions_are_refused():
+    policy = make_policy()
+    policy.head.weight.ds_id = 0  # DeepSpeed's mark
+    for kind in (ReferenceCopy, ReferenceAdapter):
+        with pytest.raises(ValueError, match="ZeRO-3 partitions: use ReferenceLookahead"):
+            kind(policy, score)
+    ReferenceLookahead(policy, score)
 
 
 def test_what_each_holds():
     held = {kind: train(kind, 4, 1)[2] for kind in REFERENCES}
     policy = make_policy()
-    everything = sum(p.nbytes for p in policy.parameters())
     trained = sum(p.nbytes for p in policy.parameters() if p.requires_grad)
-    assert held["copy"].memory_bytes() == everything
-    assert held["adapter"].memory_bytes() == trained
+    assert held["copy"].memory_bytes() == held["adapter"].memory_bytes() == trained
     lookahead = ReferenceLookahead(policy, score, 4)
     steps = lookahead.steps(make_steps(1))
     next(steps)
     lookahead.before_step()
-    assert lookahead.memory_bytes() == 4 * (4 * 5 * 4)  # 4 steps of 4 × 5 float32 scores
+    batch, scores = 4 * 6 * 8, 4 * 5 * 4  # 4 × 6 int64 ids, 4 × 5 float32 scores
+    assert lookahead.memory_bytes() == 4 * (batch + scores)
 
 
 def test_an_adapter_leaves_the_policy_as_it_was_even_after_an_error():
@@ -207,8 +279,10 @@ def test_scoring_leaves_random_numbers_and_modes_alone(kind):
 
 def test_state_of_another_kind_is_refused():
     policy = make_policy()
-    with pytest.raises(ValueError, match="needs a state with step, adapter; got step, model"):
-        ReferenceAdapter(policy, score).load_state_dict(ReferenceCopy(policy, score).state_dict())
+    with pytest.raises(ValueError, match="needs a state with step, weights; got step, scores"):
+        ReferenceAdapter(policy, score).load_state_dict(
+            ReferenceLookahead(policy, score).state_dict()
+        )
 
 
 def test_a_second_epoch_cannot_begin_without_a_reference():
@@ -218,3 +292,19 @@ def test_a_second_epoch_cannot_begin_without_a_reference():
         reference.before_step()
     with pytest.raises(RuntimeError, match="the steps of all epochs as one iterable"):
         next(reference.steps(make_steps(1)))
+
+
+def test_memory_is_counted_in_whatever_a_batch_is():
+    @dataclass(frozen=True)
+    class Batch:
+        __slots__ = ("again", "ids", "name")
+        ids: torch.Tensor
+        again: dict
+        name: str
+
+    ids = torch.zeros(2, 5, dtype=torch.int64)
+    batch = Batch(ids, {"the same": ids, "more": (torch.zeros(3),)}, "text")
+    reference = ReferenceLookahead(make_policy(), lambda model, batch: [score(model, batch.ids)], 1)
+    next(reference.steps([[batch]] * 2))
+    reference.before_step()
+    assert reference.memory_bytes() == ids.nbytes + 3 * 4 + 2 * 4 * 4

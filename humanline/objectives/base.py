@@ -5,7 +5,7 @@ needs nothing but that token, or :class:`Objective` and define ``loss`` otherwis
 perceptions and backends then work, at the same cost as for the library's own objectives.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -15,7 +15,7 @@ from humanline import checks, ops
 from humanline.dtypes import at_least_float32
 from humanline.perception import Identity, Perception
 from humanline.rows import IGNORE_INDEX, Layout, Rows
-from humanline.seam import Problem, finish
+from humanline.seam import Problem
 
 Result = tuple[Tensor, dict[str, Tensor]]
 
@@ -66,11 +66,22 @@ class Objective:
     def prepare(self, layout: Layout, ref_logps: Tensor | None, **batch: Any) -> dict[str, Any]:
         """Check the batch's own arguments and give them the shape ``loss`` wants.
 
-        Runs before any log-prob is computed.
+        Runs before any log-prob is computed: the reference's may be there in shape only.
         """
         if self.needs_reference:
             self.require_ref_logps(ref_logps)
         return batch
+
+    def sequence_kernel_arguments(self, **batch: Any) -> dict[str, Any] | None:
+        """Arguments of ``kernels.sequence_loss`` if this very loss exists as a device function.
+
+        Without one a sequence-level objective takes more, small launches on a GPU.
+        """
+        return None
+
+    def stats_of(self, report: dict[str, Tensor], **batch: Any) -> dict[str, Tensor]:
+        """:meth:`stats` from what that kernel reports."""
+        raise NotImplementedError(f"{type(self).__name__} does not define stats_of()")
 
     def anchor(self, logps: Tensor, ref_logps: Tensor | None, **batch: Any) -> Tensor:
         """The log-probs that the log-ratio is taken to."""
@@ -86,6 +97,7 @@ class Objective:
         *,
         entropy: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
+        backend: str | None = None,
         **batch: Any,
     ) -> Result:
         """Loss from per-token log-probs.
@@ -97,6 +109,7 @@ class Objective:
             mask: completion tokens, same shape, bool or 0/1.
             entropy: entropy of each row in nats, same shape; for objectives with an entropy bonus.
             cu_seqlens: row offsets ``[S+1]`` of packed sequences.
+            backend: "triton" or "torch"; None chooses by device.
             **batch: what the objective needs besides, see its own documentation.
 
         Returns:
@@ -125,7 +138,8 @@ class Objective:
             entropy is not None or not self.needs_entropy,
             lambda: f"{type(self).__name__} has an entropy bonus: from_logps needs entropy=…",
         )
-        return finish(problem, policy_logps, entropy if self.needs_entropy else None)
+        backend = ops.choose_backend(policy_logps, backend)
+        return ops.finish(problem, policy_logps, entropy if self.needs_entropy else None, backend)
 
     def from_logits(
         self,
@@ -146,8 +160,7 @@ class Objective:
             labels: integer ``[B, T]`` or ``[N]``; -100 marks rows outside the completion.
             ref_logps: log-probs of the reference, shape of ``labels``, at the same temperature.
             temperature: divides the logits; a float, or a tensor with one value a row.
-            cu_seqlens, **batch: see :meth:`from_logps`.
-            backend: "triton" or "torch"; None chooses by device.
+            cu_seqlens, backend, **batch: see :meth:`from_logps`.
             inplace: let the gradient overwrite ``logits``, which spares a buffer of their size.
                 Token-level objectives only. Autograd raises if anything still needs the logits.
 
@@ -163,7 +176,9 @@ class Objective:
         result = ops.token_logps(
             logits, labels, temperature, return_entropy=self.needs_entropy, backend=backend
         )
-        return finish(problem, *(result if self.needs_entropy else (result, None)))
+        return ops.finish(
+            problem, *(result if self.needs_entropy else (result, None)), backend=backend
+        )
 
     def from_hidden(
         self,
@@ -177,7 +192,11 @@ class Objective:
         logit_scale: float = 1.0,
         logit_softcap: float | None = None,
         cu_seqlens: Tensor | None = None,
+        ref_hidden: Tensor | None = None,
+        ref_weight: Tensor | None = None,
+        ref_bias: Tensor | None = None,
         workspace_bytes: int = ops.WORKSPACE_BYTES,
+        backend: str | None = None,
         **batch: Any,
     ) -> Result:
         """Loss from hidden states and the output head, never holding all logits.
@@ -185,10 +204,12 @@ class Objective:
         Args:
             hidden: ``[B, T, H]``, or ``[N, H]`` packed. Row ``t`` predicts ``labels[t]``.
             weight: the head's weight, ``[V, H]``.
-            labels, ref_logps, temperature, cu_seqlens, **batch: see :meth:`from_logits`.
+            labels, ref_logps, temperature, cu_seqlens, backend, **batch: see :meth:`from_logits`.
             bias: the head's bias, ``[V]``.
             logit_scale: multiplies the logits (Cohere).
             logit_softcap: ``cap · tanh(logits / cap)`` after the scale (Gemma 2).
+            ref_hidden, ref_weight, ref_bias: the reference's hidden states ``[B, T, H']`` and head
+                ``[V, H']``, ``[V]``, in place of ``ref_logps``; one GEMM more, no gradient.
             workspace_bytes: bound of the memory for logits.
 
         Returns, raises: see :meth:`from_logps`.
@@ -196,8 +217,40 @@ class Objective:
         layout = Layout.of(labels != IGNORE_INDEX, cu_seqlens)
         head = ops.Head(bias, temperature, logit_scale, logit_softcap)
         ops.check_hidden(hidden, weight, labels, head)
-        problem = self._problem(layout, ref_logps, batch)
-        return ops.linear_objective(problem, hidden, weight, labels, head, workspace_bytes)
+        backend = ops.choose_backend(hidden, backend)
+        if ref_hidden is None:
+            checks.require(
+                ref_weight is None and ref_bias is None,
+                "ref_weight and ref_bias are the head of ref_hidden, which was not given",
+            )
+            problem = self._problem(layout, ref_logps, batch)
+            return ops.linear_objective(
+                problem, hidden, weight, labels, head, workspace_bytes, backend
+            )
+        checks.require(
+            ref_logps is None and ref_weight is not None,
+            "the reference is given by ref_logps, or by ref_hidden and ref_weight; got "
+            + ("ref_hidden without ref_weight" if ref_logps is None else "both"),
+        )
+        ref_head = replace(head, bias=ref_bias)
+        ops.check_hidden(ref_hidden, ref_weight, labels, ref_head)
+        # Whatever is wrong with the batch is found before the reference's GEMM runs.
+        unknown = torch.zeros(labels.shape, device=labels.device)
+        problem = self._problem(layout, unknown, batch)
+        with torch.no_grad():
+            ref_logps = ops.linear_token_logps(
+                ref_hidden,
+                ref_weight,
+                labels,
+                ref_bias,
+                temperature,
+                logit_scale=logit_scale,
+                logit_softcap=logit_softcap,
+                workspace_bytes=workspace_bytes,
+                backend=backend,
+            )
+        problem = replace(problem, ref_logps=ref_logps.reshape(-1))
+        return ops.linear_objective(problem, hidden, weight, labels, head, workspace_bytes, backend)
 
     def _problem(self, layout: Layout, ref_logps: Tensor | None, batch: dict[str, Any]) -> Problem:
         if ref_logps is not None:

@@ -126,7 +126,9 @@ def _apo_down(p: Pairs, o: "DPO") -> Tensor:
 def _discopop(p: Pairs, o: "DPO") -> Tensor:
     x = o.beta * p.delta
     modulation = torch.sigmoid(x / o.discopop_tau)
-    return -F.logsigmoid(x) * (1 - modulation) + torch.exp(-x) * modulation
+    # exp(−x)·modulation as one exponential: far below 0 the first alone would overflow.
+    exponential = torch.exp(F.logsigmoid(x / o.discopop_tau) - x)
+    return -F.logsigmoid(x) * (1 - modulation) + exponential
 
 
 def _sft(p: Pairs, o: "DPO") -> Tensor:
@@ -154,6 +156,9 @@ LOSSES = {
     "sft": _sft,
     "sigmoid_norm": _sigmoid_norm,
 }
+
+# Those whose pairs do not look at each other exist in kernels/preference_loss.py as well.
+DEVICE_LOSSES = LOSSES.keys() - {"aot", "aot_unpaired", "sft"}
 
 
 @dataclass(frozen=True)
@@ -215,6 +220,23 @@ class DPO(Objective):
         self.require_ref_logps(ref_logps)
         check_pairs(layout, "DPO")
         return {}
+
+    def sequence_kernel_arguments(self) -> dict[str, Any] | None:
+        is_clamp = self.perception.bounds is not None
+        if type(self) is not DPO or self.loss_type not in DEVICE_LOSSES or not is_clamp:
+            return None  # a subclass may define another loss
+        p = self.discopop_tau if self.loss_type == "discopop" else self.label_smoothing
+        return {"kind": self.loss_type, "beta": self.beta, "p": p}
+
+    def stats_of(self, report: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {
+            "rewards/chosen": report["chosen"],
+            "rewards/rejected": report["rejected"],
+            "rewards/accuracies": report["wins"],
+            "rewards/margins": report["chosen"] - report["rejected"],
+            "logps/chosen": report["chosen_logps"],
+            "logps/rejected": report["rejected_logps"],
+        }
 
     def loss(self, rows: Rows) -> Tensor:
         pairs = Pairs.of(rows)

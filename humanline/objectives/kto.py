@@ -110,6 +110,37 @@ class KTO(Objective):
         c = torch.where(layout.mask, self.perception.perceive(d, layout.mask)[0], 0)
         return mean_over_ranks(layout.sum(c).mean()).clamp(min=0)
 
+    def sequence_kernel_arguments(
+        self, desirable: Tensor, z0: float | Tensor
+    ) -> dict[str, Any] | None:
+        if type(self) is not KTO or self.perception.bounds is None:
+            return None  # a subclass may define another loss
+        if not isinstance(z0, Tensor):
+            z0 = torch.full((), z0, device=desirable.device)
+        return {
+            "kind": self.loss_type,
+            "beta": self.beta,
+            "p": self.desirable_weight,
+            "q": self.undesirable_weight,
+            "desirable": desirable,
+            "z0": z0,
+        }
+
+    def stats_of(
+        self, report: dict[str, Tensor], desirable: Tensor, z0: float | Tensor
+    ) -> dict[str, Tensor]:
+        wanted = report["wins"]
+        unwanted = len(desirable) - wanted
+        chosen, rejected = report["chosen"] / wanted, report["rejected"] / unwanted
+        return {
+            "rewards/chosen": chosen,
+            "rewards/rejected": rejected,
+            "rewards/margins": chosen - rejected,
+            "logps/chosen": report["chosen_logps"] / wanted,
+            "logps/rejected": report["rejected_logps"] / unwanted,
+            "kl": torch.as_tensor(z0, dtype=chosen.dtype, device=chosen.device),
+        }
+
     def loss(self, rows: Rows, desirable: Tensor, z0: float | Tensor) -> Tensor:
         margin = self.beta * (rows.sum(rows.log_ratio) - z0)
         gain = self.desirable_weight * (1 - torch.sigmoid(margin))

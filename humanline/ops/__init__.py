@@ -6,6 +6,7 @@ from humanline.ops.linear import linear_token_logps
 from humanline.ops.linear_objective import linear_objective
 from humanline.ops.logits import check_logits, shift, token_logps
 from humanline.ops.logits_objective import logits_objective
+from humanline.ops.whole_batch import finish
 
 __all__ = [
     "WORKSPACE_BYTES",
@@ -13,6 +14,7 @@ __all__ = [
     "check_hidden",
     "check_logits",
     "choose_backend",
+    "finish",
     "linear_objective",
     "linear_token_logps",
     "logits_objective",

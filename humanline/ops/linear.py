@@ -7,26 +7,15 @@ With a frozen head it is 2F, for any loss: the gradient of a row's hidden state 
 gradient times that of a unit one, which the forward forms while it has the logits.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from humanline import autograd
 from humanline.dtypes import compute_dtype
-from humanline.ops.head import (
-    WORKSPACE_BYTES,
-    Head,
-    HeadBlock,
-    add_weight_gradient_,
-    block_rows,
-    check_hidden,
-    comfortable_rows,
-    hidden_gradient,
-    workspace,
-)
-from humanline.ops.softmax import SoftmaxBlock
+from humanline.ops.backend import choose_backend
+from humanline.ops.gemms import HeadGradients, hidden_gradient
+from humanline.ops.head import WORKSPACE_BYTES, Head, check_hidden
+from humanline.ops.head_blocks import Observer, block_rows, comfortable_rows, head_blocks
 from humanline.rows import IGNORE_INDEX
 from humanline.seam import Coefficients
 
@@ -41,7 +30,9 @@ def linear_token_logps(
     logit_scale: float = 1.0,
     logit_softcap: float | None = None,
     return_entropy: bool = False,
+    observe: Observer | None = None,
     workspace_bytes: int = WORKSPACE_BYTES,
+    backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Log-probs of ``labels`` under the head ``softmax((hidden @ weight.T + bias) / temperature)``.
 
@@ -56,7 +47,10 @@ def linear_token_logps(
         logit_scale: multiplies the logits.
         logit_softcap: ``cap · tanh(logits / cap)`` after the scale.
         return_entropy: also return the entropy of each row, in nats.
+        observe: looks at the logits while they are there, a block of rows at a time, without
+            gradient: for statistics a trainer logs, which would cost a GEMM of their own.
         workspace_bytes: bound of the memory for logits.
+        backend: "triton" or "torch"; None chooses by device.
 
     Returns:
         ``[...]`` log-probs in nats, float32 (float64 from float64); with ``return_entropy`` a tuple
@@ -69,6 +63,10 @@ def linear_token_logps(
     head = Head(bias, temperature, logit_scale, logit_softcap)
     check_hidden(hidden, weight, labels, head)
     hidden, weight = under_autocast(hidden, weight)
+    if observe is not None and backend is None:
+        backend = "torch"  # the kernels never have the logits as the head's options leave them
+    backend = choose_backend(hidden, backend)
+    rows = block_rows(weight, head, return_entropy, workspace_bytes, backend)
     logps, entropy = _LinearTokenLogps.apply(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
@@ -76,7 +74,9 @@ def linear_token_logps(
         labels.reshape(-1),
         head.for_rows(labels),
         return_entropy,
-        workspace_bytes,
+        observe,
+        comfortable_rows(weight, rows),
+        backend,
         _only_hidden_trains(hidden, weight, bias) and not return_entropy,
     )
     logps = logps.view(labels.shape)
@@ -97,50 +97,6 @@ def under_autocast(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in (hidden, weight))
 
 
-def softmax_blocks(
-    hidden: Tensor,
-    weight: Tensor,
-    head: Head,
-    labels: Tensor,
-    wanted: Tensor,
-    rows: int,
-    with_entropy: bool,
-) -> Iterator[tuple[Tensor, HeadBlock, SoftmaxBlock]]:
-    """The rows where ``wanted [N]`` holds, so many at a time: their indices, head and softmax.
-
-    One workspace serves all blocks: a block ends where the next begins. The number of rows is read
-    from the device.
-    """
-    blocks = [index for index in wanted.nonzero().squeeze(1).split(rows) if len(index)]
-    memory = workspace(weight, max(map(len, blocks), default=0))
-    for index in blocks:
-        block = HeadBlock(hidden, weight, head, index, memory)
-        yield index, block, SoftmaxBlock(block.logits, labels[index].long(), with_entropy)
-
-
-@dataclass
-class HeadGradients:
-    """Gradients summed up block by block: of the weight, of the bias; None if not asked for."""
-
-    weight: Tensor | None
-    bias: Tensor | None
-
-    @classmethod
-    def zeros(cls, weight: Tensor, bias: Tensor | None, need_weight: bool, need_bias: bool):
-        dtype = compute_dtype(weight.dtype)
-        return cls(
-            torch.zeros_like(weight, dtype=dtype) if need_weight else None,
-            torch.zeros_like(bias, dtype=dtype) if need_bias else None,
-        )
-
-    def add(self, dz: Tensor, scale: Tensor, h: Tensor) -> None:
-        """Add a block: ``dz [n, V]``, its rows still to be multiplied by ``scale [n]``."""
-        if self.weight is not None:
-            add_weight_gradient_(self.weight, dz, scale, h)
-        if self.bias is not None:
-            self.bias.addmv_(dz.T, scale)
-
-
 def split_scale(coefficients: Coefficients) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """A row's coefficients as (scale, of_logp, of_entropy), the latter two within [-1, 1].
 
@@ -158,22 +114,25 @@ def split_scale(coefficients: Coefficients) -> tuple[Tensor, Tensor | None, Tens
 class _LinearTokenLogps(torch.autograd.Function):
     @staticmethod
     @autograd.forward
-    def forward(ctx, hidden, weight, bias, labels, head, with_entropy, workspace_bytes, unit):
-        fitting = block_rows(weight, head, with_entropy, workspace_bytes)
-        rows = comfortable_rows(weight, fitting)
+    def forward(
+        ctx, hidden, weight, bias, labels, head, with_entropy, observe, rows, backend, unit
+    ):
+        blocks = rows, with_entropy, backend
+        wanted = labels != IGNORE_INDEX
+        if backend == "triton" and not unit:
+            ctx.unit, ctx.head, ctx.blocks = unit, head, blocks
+            ctx.save_for_backward(labels, hidden, weight, bias)
+            return _without_logits(hidden, weight, labels, head, wanted, with_entropy)
         logps = hidden.new_zeros(len(labels), dtype=compute_dtype(weight.dtype))
         entropy = torch.zeros_like(logps) if with_entropy else None
         dh = torch.zeros_like(hidden) if unit else None
-        for index, block, softmax in softmax_blocks(
-            hidden, weight, head, labels, labels != IGNORE_INDEX, rows, with_entropy
-        ):
-            logps[index] = softmax.logps
+        for block in head_blocks(hidden, weight, head, labels, wanted, *blocks, observe):
+            logps[block.index] = block.logps
             if with_entropy:
-                entropy[index] = softmax.entropy
+                entropy[block.index] = block.entropy
             if unit:
-                dz = block.through_options_(softmax.gradient())
-                dh[index] = hidden_gradient(dz, weight).to(dh.dtype)
-        ctx.unit, ctx.head, ctx.with_entropy, ctx.rows = unit, head, with_entropy, rows
+                dh[block.index] = hidden_gradient(block.gradient(), weight).to(dh.dtype)
+        ctx.unit, ctx.head, ctx.blocks = unit, head, blocks
         ctx.save_for_backward(labels, *((dh,) if unit else (hidden, weight, bias)))
         return logps, entropy
 
@@ -183,9 +142,33 @@ class _LinearTokenLogps(torch.autograd.Function):
         if ctx.unit:
             labels, dh = ctx.saved_tensors
             active = ((g != 0) & (labels != IGNORE_INDEX))[:, None]
-            return torch.where(active, dh * g[:, None], 0).to(dh.dtype), *[None] * 7
-        g_entropy = g_entropy if ctx.with_entropy else None
-        return *_recompute(ctx, Coefficients(g, g_entropy)), *[None] * 5
+            return torch.where(active, dh * g[:, None], 0).to(dh.dtype), *[None] * 9
+        _, with_entropy, _ = ctx.blocks
+        return *_recompute(ctx, Coefficients(g, g_entropy if with_entropy else None)), *[None] * 7
+
+
+def _without_logits(
+    hidden: Tensor, weight: Tensor, labels: Tensor, head: Head, wanted: Tensor, with_entropy: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Log-probs and entropies of the wanted rows by one kernel, which writes no logits."""
+    from humanline.kernels.linear_logps import linear_logps_forward
+
+    index = wanted.nonzero().squeeze(1)
+    some, some_entropy, _, _ = linear_logps_forward(
+        hidden,
+        weight,
+        labels,
+        bias=head.bias,
+        temperature=head.temperature,
+        logit_scale=head.logit_scale,
+        logit_softcap=head.logit_softcap,
+        with_entropy=with_entropy,
+        index=None if len(index) == len(labels) else index,
+    )
+    logps = hidden.new_zeros(len(labels), dtype=torch.float32).index_copy_(0, index, some)
+    if not with_entropy:
+        return logps, None
+    return logps, torch.zeros_like(logps).index_copy_(0, index, some_entropy)
 
 
 def _recompute(ctx, coefficients: Coefficients) -> tuple[Tensor | None, ...]:
@@ -195,14 +178,12 @@ def _recompute(ctx, coefficients: Coefficients) -> tuple[Tensor | None, ...]:
     dh = torch.zeros_like(hidden) if need_hidden else None
     sums = HeadGradients.zeros(weight, bias, need_weight, need_bias)
     active = coefficients.active() & (labels != IGNORE_INDEX)
-    for index, block, softmax in softmax_blocks(
-        hidden, weight, ctx.head, labels, active, ctx.rows, ctx.with_entropy
-    ):
-        scale, of_logp, of_entropy = split_scale(coefficients.take(index))
-        dz = block.through_options_(softmax.gradient(of_logp, of_entropy))
+    for block in head_blocks(hidden, weight, ctx.head, labels, active, *ctx.blocks):
+        scale, of_logp, of_entropy = split_scale(coefficients.take(block.index))
+        dz = block.gradient(of_logp, of_entropy)
         sums.add(dz, scale, block.hidden)
         if need_hidden:
-            dh[index] = (hidden_gradient(dz, weight) * scale[:, None]).to(dh.dtype)
+            dh[block.index] = (hidden_gradient(dz, weight) * scale[:, None]).to(dh.dtype)
     return (
         dh,
         sums.weight.to(weight.dtype) if need_weight else None,

@@ -4,9 +4,11 @@ while the logits are still there.
 | what needs a gradient, what the objective is | GEMMs | how |
 |---|---|---|
 | nothing | 1F | log-probs |
-| the body alone (frozen head), no entropy term | 2F | log-probs, which form dH in the forward |
-| token-level, or all rows fit one block | 3F | gradient in the forward, here |
+| token-level, or all rows fit one block | 1F + 2F·active | gradient in the forward, here |
+| else, frozen head, no entropy term | 2F | log-probs, which form dH in the forward |
 | else | 1F + 3F·active | log-probs, which recompute the active rows in the backward |
+
+One F·active less where the head or the body is frozen.
 """
 
 import torch
@@ -14,22 +16,15 @@ from torch import Tensor
 
 from humanline import autograd
 from humanline.dtypes import compute_dtype
-from humanline.ops.head import (
-    Head,
-    block_rows,
-    comfortable_rows,
-    hidden_gradient,
-)
-from humanline.ops.linear import (
-    HeadGradients,
-    linear_token_logps,
-    softmax_blocks,
-    split_scale,
-    under_autocast,
-)
+from humanline.ops.gemms import HeadGradients, hidden_gradient
+from humanline.ops.head import Head
+from humanline.ops.head_blocks import block_rows, comfortable_rows, head_blocks
+from humanline.ops.linear import linear_token_logps, split_scale, under_autocast
 from humanline.ops.logits_objective import scaled
+from humanline.ops.whole_batch import evaluate as evaluate_batch
+from humanline.ops.whole_batch import finish
 from humanline.rows import IGNORE_INDEX
-from humanline.seam import Problem, evaluate, finish
+from humanline.seam import Problem, evaluate
 
 
 def linear_objective(
@@ -39,11 +34,12 @@ def linear_objective(
     labels: Tensor,
     head: Head,
     workspace_bytes: int,
+    backend: str,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss and statistics of a problem from ``hidden [..., H]`` and ``weight [V, H]``, checked."""
     with_entropy = problem.objective.needs_entropy
     hidden, weight = under_autocast(hidden, weight)
-    fitting = block_rows(weight, head, with_entropy, workspace_bytes)
+    fitting = block_rows(weight, head, with_entropy, workspace_bytes, backend)
     rows = _rows_with_gradient(problem, hidden, weight, head, labels.numel(), fitting)
     if rows is not None:
         return _LinearObjective.apply(
@@ -54,6 +50,7 @@ def linear_objective(
             head.for_rows(labels),
             problem,
             rows,
+            backend,
         )
     result = linear_token_logps(
         hidden,
@@ -65,18 +62,18 @@ def linear_objective(
         logit_softcap=head.logit_softcap,
         return_entropy=with_entropy,
         workspace_bytes=workspace_bytes,
+        backend=backend,
     )
-    return finish(problem, *(result if with_entropy else (result, None)))
+    logps, entropy = result if with_entropy else (result, None)
+    return finish(problem, logps, entropy, backend)
 
 
 def _rows_with_gradient(
     problem: Problem, hidden: Tensor, weight: Tensor, head: Head, rows: int, fitting: int
 ) -> int | None:
     """Rows a block if the gradient is formed in the forward (the table above), else None."""
-    head_trains = any(x is not None and x.requires_grad for x in (weight, head.bias))
-    if not torch.is_grad_enabled() or not (hidden.requires_grad or head_trains):
-        return None
-    if not head_trains and not problem.objective.needs_entropy:
+    trains = any(x is not None and x.requires_grad for x in (hidden, weight, head.bias))
+    if not (trains and torch.is_grad_enabled()):
         return None
     if problem.token_level:
         return comfortable_rows(weight, fitting)
@@ -84,57 +81,67 @@ def _rows_with_gradient(
 
 
 class _LinearObjective(torch.autograd.Function):
-    """Gradients formed in the forward, per unit of the row's scale; scaled in the backward."""
+    """Gradients formed in the forward; scaled by the incoming gradient in the backward."""
 
     @staticmethod
     @autograd.forward
-    def forward(ctx, hidden, weight, bias, labels, head, problem, rows):
+    def forward(ctx, hidden, weight, bias, labels, head, problem, rows, backend):
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         with_entropy = problem.objective.needs_entropy
         sums = HeadGradients.zeros(weight, bias, need_weight, need_bias)
         dh = torch.zeros_like(hidden) if need_hidden else None
         logps = hidden.new_zeros(len(labels), dtype=compute_dtype(weight.dtype))
         entropy = torch.zeros_like(logps) if with_entropy else None
-        scale = torch.zeros_like(logps)
+        # float16 would flush small coefficients to 0 before a loss scale could lift them: there a
+        # row's gradient stays that of a unit coefficient until the backward.
+        scales = torch.zeros_like(logps) if hidden.dtype == torch.float16 else None
         whole = None
 
-        for index, block, softmax in softmax_blocks(
-            hidden, weight, head, labels, labels != IGNORE_INDEX, rows, with_entropy
+        for block in head_blocks(
+            hidden, weight, head, labels, labels != IGNORE_INDEX, rows, with_entropy, backend
         ):
-            logps[index] = softmax.logps
+            logps[block.index] = block.logps
             if with_entropy:
-                entropy[index] = softmax.entropy
+                entropy[block.index] = block.entropy
             if problem.token_level:
-                coefficients = evaluate(problem, softmax.logps, softmax.entropy, index).coefficients
+                coefficients = evaluate(
+                    problem, block.logps, block.entropy, block.index
+                ).coefficients
             else:  # the only block
-                whole = evaluate(problem, logps, entropy)
-                coefficients = whole.coefficients.take(index)
+                whole = evaluate_batch(problem, logps, entropy, backend)
+                coefficients = whole.coefficients.take(block.index)
             kept = coefficients.active().nonzero().squeeze(1)
             if len(kept) == 0:
                 continue
-            if len(kept) < len(index):
+            if len(kept) < len(block.index):
                 block.keep(kept)
-                softmax.keep(kept)
-                index, coefficients = index[kept], coefficients.take(kept)
-            scale[index], of_logp, of_entropy = split_scale(coefficients)
-            dz = block.through_options_(softmax.gradient(of_logp, of_entropy))
-            sums.add(dz, scale[index], block.hidden)
+                coefficients = coefficients.take(kept)
+            scale, of_logp, of_entropy = split_scale(coefficients)
+            dz = block.gradient(of_logp, of_entropy)
+            sums.add(dz, scale, block.hidden)
             if need_hidden:
-                dh[index] = hidden_gradient(dz, weight).to(dh.dtype)
+                rows_of_dh = hidden_gradient(dz, weight)
+                if scales is None:
+                    rows_of_dh *= scale[:, None]
+                else:
+                    scales[block.index] = scale
+                dh[block.index] = rows_of_dh.to(dh.dtype)
 
-        whole = whole or evaluate(problem, logps, entropy)
-        ctx.save_for_backward(dh, scale, sums.weight, sums.bias)
+        whole = whole or evaluate_batch(problem, logps, entropy, backend)
+        ctx.save_for_backward(dh, scales, sums.weight, sums.bias)
         ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
         return whole.loss, problem.stats(whole)
 
     @staticmethod
     @autograd.backward
     def backward(ctx, grad, _):
-        dh, scale, dw, db = ctx.saved_tensors
+        dh, scales, dw, db = ctx.saved_tensors
         weight_dtype, bias_dtype = ctx.dtypes
+        if dh is not None:
+            dh = scaled(dh, grad if scales is None else (scales * grad)[:, None])
         return (
-            None if dh is None else (dh * (scale * grad)[:, None]).to(dh.dtype),
+            dh,
             None if dw is None else scaled(dw, grad).to(weight_dtype),
             None if db is None else scaled(db, grad).to(bias_dtype),
-            *[None] * 4,
+            *[None] * 5,
         )

@@ -195,7 +195,7 @@ def _in_torch(problem, logits, labels, temperature, out: Tensor) -> Evaluation:
 
 
 def scaled(x: Tensor, upstream: Tensor) -> Tensor:
-    """``x · upstream``; on the CPU, where looking is free, ``x`` itself if that is 1."""
-    if upstream.device.type == "cpu" and upstream == 1:
+    """``x · upstream``; on the CPU, where looking is free, ``x`` itself if that is the number 1."""
+    if upstream.device.type == "cpu" and upstream.dim() == 0 and upstream == 1:
         return x
     return (x * upstream).to(x.dtype)

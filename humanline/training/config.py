@@ -116,6 +116,9 @@ class TrainConfig:
     device: str = _option("auto", str, "cpu, cuda, cuda:1 …; auto: cuda where there is one")
     dtype: str = _option("float32", str, "dtype of the weights", DTYPES)
     bf16: bool = _option(False, bool, "compute in bfloat16 (autocast), whatever the weights are")
+    padding_free: bool = _option(
+        False, bool, "read a batch as one row without padding, each prompt once"
+    )
     gradient_checkpointing: bool = _option(False, bool, "recompute activations to save memory")
 
     save_steps: int = _option(20, int, "steps between checkpoints to resume from; 0: none")

@@ -102,7 +102,6 @@ def preferences(pairs: list[tuple[Tokens, Tokens]], pad: int, config: TrainConfi
     return measure
 
 
-@torch.no_grad()
 def _pair_logps(model, pairs, pad, config) -> tuple[list[float], list[float]]:
     sequences = [s for pair in pairs for s in pair]
     sums: list[float] = []
@@ -111,8 +110,7 @@ def _pair_logps(model, pairs, pad, config) -> tuple[list[float], list[float]]:
     size = config.per_device_eval_batch_size
     for start in tqdm(range(0, len(sequences), size), desc="scoring pairs", leave=False):
         batch = moved(make_batch(sequences[start : start + size], pad), device_of(model))
-        logps = score.reference_scores(model, batch, config.bf16)["ref_logps"]
-        sums += logps.double().sum(1).tolist()
+        sums += score.sequence_logps(model, batch, config.bf16).tolist()
     model.train(training)
     return sums[::2], sums[1::2]
 

@@ -23,13 +23,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from humanline.advantages import group_advantages
 from humanline.rows import IGNORE_INDEX
 from humanline.training.config import TrainConfig
 from humanline.training.data import Dataset, Example, Text
 from humanline.training.errors import UserError
-
-#: TRL's, keeps the advantages of groups with almost equal rewards finite.
-ADVANTAGE_EPSILON = 1e-4
 
 
 @dataclass(frozen=True)
@@ -125,12 +123,12 @@ def labelled(dataset: Dataset, threshold: float | None) -> list[tuple[Chosen, bo
 
 
 def advantages(dataset: Dataset) -> list[list[tuple[Chosen, float]]]:
-    """Groups of completions with their advantage ``(r − mean) / (std + 1e-4)``."""
+    """Groups of completions with their advantage over the others of their group."""
     result = []
     for group in grouped(dataset):
         rewards = torch.tensor([_reward_of(c) for c in group], dtype=torch.float64)
-        if len(group) > 1 and rewards.min() < rewards.max():
-            normalised = (rewards - rewards.mean()) / (rewards.std() + ADVANTAGE_EPSILON)
+        normalised = group_advantages(rewards, torch.zeros(len(group), dtype=torch.int64))
+        if normalised.any():
             result.append(list(zip(group, normalised.tolist(), strict=True)))
     return result
 

@@ -18,6 +18,8 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from humanline.rows import IGNORE_INDEX
+from humanline.training import packing
 from humanline.training.checkpoint import atomic_folder
 from humanline.training.config import TrainConfig
 from humanline.training.errors import UserError
@@ -45,6 +47,7 @@ class Parts:
     bias: Tensor | None
     logit_scale: float
     logit_softcap: float | None
+    padding_free: bool
 
     @property
     def head(self) -> dict[str, Any]:
@@ -58,6 +61,8 @@ class Parts:
 
     def read_prompts(self, batch: Batch) -> "Prompts":
         """Run the prompts: each once, for all of its completions."""
+        if self.padding_free:  # then they are read with their completions
+            return Prompts(batch, None, None)
         # Checkpointing recomputes layers, which must then not write to a cache.
         training = self.body.training and getattr(self.body, "gradient_checkpointing", False)
         cache = None
@@ -67,6 +72,16 @@ class Parts:
         if cache is None or not all(type(layer) in _KEYS_AND_VALUES for layer in cache.layers):
             return Prompts(batch, None, None)
         return Prompts(batch, cache, output.last_hidden_state[:, -1:])
+
+    def rows(self, prompts: "Prompts", completions: Completions) -> dict[str, Any]:
+        """Hidden states and labels, and ``cu_seqlens`` where they are packed: keyword arguments of
+        ``from_hidden``."""
+        if not self.padding_free:
+            hidden = self.hidden(prompts, completions)
+            return {"hidden": hidden, "labels": completions.labels, "cu_seqlens": None}
+        pack = packing.Pack.of(prompts.batch, completions)
+        hidden = packing.read(self.body, pack)
+        return {"hidden": hidden, "labels": pack.labels, "cu_seqlens": pack.cu_seqlens}
 
     def hidden(self, prompts: "Prompts", completions: Completions) -> Tensor:
         """The hidden states ``[S, C, H]`` from which each completion token is predicted."""
@@ -148,7 +163,8 @@ def parts(model: nn.Module) -> Parts:
     scale = getattr(config, "logit_scale", None) or 1.0  # Cohere multiplies
     scale /= getattr(config, "logits_scaling", None) or 1.0  # Granite divides
     softcap = getattr(config, "final_logit_softcapping", None)
-    return Parts(body, head.weight, getattr(head, "bias", None), scale, softcap)
+    bias = getattr(head, "bias", None)
+    return Parts(body, head.weight, bias, scale, softcap, packing.enabled(base))
 
 
 @torch.no_grad()
@@ -161,16 +177,20 @@ def check_parts(model: nn.Module) -> None:
     prompts, completions = ([1, 2, 3, 4], [3, 4]), ([5, 6, 7, 8], [5, 6])
     sequences = [Tokens(p, c) for p in prompts for c in completions]
     batch, ours = moved(make_batch(sequences, pad=0), device_of(model)), parts(model)
-    logits = ours.logits(ours.hidden(ours.read_prompts(batch), batch.completions))
-    for row, s in zip(logits, sequences, strict=True):
+    rows = ours.rows(ours.read_prompts(batch), batch.completions)
+    logits = ours.logits(rows["hidden"][rows["labels"] != IGNORE_INDEX])
+    lengths = [len(s.completion) for s in sequences]
+    for row, s in zip(logits.split(lengths), sequences, strict=True):
         ids = torch.tensor([s.prompt + s.completion], device=row.device)
         theirs = model(input_ids=ids, use_cache=False).logits.float()
         theirs = theirs[0, len(s.prompt) - 1 : -1]
-        difference = float((row[: len(s.completion)] - theirs).abs().max())
+        difference = float((row - theirs).abs().max())
         if not difference <= (1e-3 if ours.weight.dtype == torch.float32 else 0.1) * theirs.std():
+            how = " with --padding-free" if ours.padding_free else ""
             raise UserError(
-                f"{type(model).__name__} does more to its logits than its head's weight and bias "
-                "and the configuration's logit_scale, logits_scaling and final_logit_softcapping: "
+                f"{type(model).__name__}{how} does more to its logits than its head's weight and "
+                "bias and the configuration's logit_scale, logits_scaling and "
+                "final_logit_softcapping: "
                 f"they differ by up to {difference:.3g}"
             )
 
@@ -242,6 +262,8 @@ def load_model(folder: Path, config: TrainConfig, device: torch.device) -> nn.Mo
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{folder} has no model that can be loaded: {_line(error)}") from error
     model = model.to(device)
+    if config.padding_free:
+        packing.enable(model)
     if config.lora:
         model = _with_lora(model, config)
     check_parts(model)

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 
 import humanline as hl
-from humanline.rows import Rows
+from humanline.rows import IGNORE_INDEX, Rows
 from humanline.training.config import TrainConfig
 from humanline.training.errors import UserError
-from humanline.training.examples import Batch, Completions
-from humanline.training.model import Parts, Prompts, parts
+from humanline.training.examples import Batch
+from humanline.training.model import Parts, parts
 
 #: Losses that are sums over the completion tokens of the whole optimizer step.
 _OVER_ITEMS = ("dapo", "cispo", "vespo")
@@ -79,13 +79,13 @@ def make_objective(config: TrainConfig) -> hl.Objective:
 
 def reference_scores(model: nn.Module, batch: Batch, bf16: bool = False) -> dict[str, Tensor]:
     """What the loss needs of the reference: its log-probs ``[S, C]`` of the completion tokens (0
-    where there is none), and those of KTO's mismatched pairs."""
+    where there is none; padding-free ``[M]``), and those of KTO's mismatched pairs."""
     with autocast(batch, bf16):
         policy = parts(model)
         prompts = policy.read_prompts(batch)
-        scores = {"ref_logps": _logps(policy, prompts, batch.completions)}
+        scores = {"ref_logps": _logps(policy, policy.rows(prompts, batch.completions))}
         if batch.mismatched is not None:
-            scores["kl_ref_logps"] = _logps(policy, prompts, batch.mismatched)
+            scores["kl_ref_logps"] = _logps(policy, policy.rows(prompts, batch.mismatched))
     return scores
 
 
@@ -107,18 +107,28 @@ def loss(
         prompts = policy.read_prompts(batch)
         if batch.mismatched is not None:
             with torch.no_grad():
-                extra["kl_logps"] = _logps(policy, prompts, batch.mismatched)
-            extra["kl_mask"] = batch.mismatched.mask
-        hidden = policy.hidden(prompts, batch.completions)
-        value, stats = objective.from_hidden(
-            hidden, labels=batch.completions.labels, **policy.head, **extra, **scores
-        )
+                mismatched = policy.rows(prompts, batch.mismatched)
+                extra["kl_logps"] = _logps(policy, mismatched)
+            extra["kl_mask"] = mismatched["labels"] != IGNORE_INDEX
+            extra["kl_cu_seqlens"] = mismatched["cu_seqlens"]
+        rows = policy.rows(prompts, batch.completions)
+        value, stats = objective.from_hidden(**rows, **policy.head, **extra, **scores)
     return value * share, stats
 
 
-def _logps(policy: Parts, prompts: Prompts, completions: Completions) -> Tensor:
-    hidden = policy.hidden(prompts, completions)
-    return hl.linear_token_logps(hidden, labels=completions.labels, **policy.head)
+@torch.no_grad()
+def sequence_logps(model: nn.Module, batch: Batch, bf16: bool = False) -> Tensor:
+    """Log-probs of whole completions, float64 ``[S]``."""
+    with autocast(batch, bf16):
+        policy = parts(model)
+        rows = policy.rows(policy.read_prompts(batch), batch.completions)
+        logps = _logps(policy, rows)
+    layout = hl.Layout.of(rows["labels"] != IGNORE_INDEX, rows["cu_seqlens"])
+    return layout.sum(logps.double().reshape(-1))
+
+
+def _logps(policy: Parts, rows: dict[str, Any]) -> Tensor:
+    return hl.linear_token_logps(rows["hidden"], labels=rows["labels"], **policy.head)
 
 
 def autocast(batch: Batch, bf16: bool):

@@ -1,6 +1,3 @@
-import os
-
-import numpy as np
 import pytest
 import torch
 
@@ -10,21 +7,3 @@ pytest.importorskip("triton")
 @pytest.fixture
 def device():
     return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-@pytest.fixture(autouse=True)
-def round_to_nearest(monkeypatch):
-    """Triton's interpreter truncates where hardware rounds float32 to the nearest bfloat16."""
-    if os.environ.get("TRITON_INTERPRET") != "1":
-        return
-    from triton.runtime import interpreter
-
-    truncate = interpreter._convert_float
-
-    def convert(data, source, target, rounding_mode):
-        if (source.name, target.name) != ("fp32", "bf16"):
-            return truncate(data, source, target, rounding_mode)
-        flat = torch.from_numpy(np.ascontiguousarray(data, np.float32)).bfloat16()
-        return flat.view(torch.int16).numpy().view(np.uint16).reshape(data.shape)
-
-    monkeypatch.setattr(interpreter, "_convert_float", convert)

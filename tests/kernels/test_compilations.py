@@ -33,16 +33,29 @@ driver.set_active(NoDevice())
 launch = JITFunction.run
 JITFunction.run = lambda self, *a, grid, warmup, **k: launch(self, *a, grid=grid, warmup=True, **k)
 
-from humanline.kernels import scale, token_logps, token_loss
+from humanline.kernels import linear_logps, matmul, scale, sequence_loss, token_logps, token_loss
 
-KERNELS = (token_logps._forward, token_logps._backward, token_loss._token_loss, scale._scale)
+ROWS = (
+    token_logps._forward,
+    token_logps._backward,
+    token_loss._token_loss,
+    scale._scale,
+    sequence_loss._sequence_loss,
+)
+GEMMS = (
+    linear_logps._forward,
+    linear_logps._merge_chunks,
+    linear_logps._gradient,
+    matmul._hidden_gradient,
+    matmul._weight_gradient,
+)
 
 
-def compiled():
-    return [len(kernel.device_caches[0][0]) for kernel in KERNELS]
+def compiled(kernels):
+    return [len(kernel.device_caches[0][0]) for kernel in kernels]
 
 
-def run(batch, length, x, vocab, shifted=False):
+def run_rows(batch, length, x, vocab, shifted=False):
     logits = torch.randn(batch, length + shifted, vocab, dtype=torch.bfloat16)
     logits = logits[:, :-1] if shifted else logits
     labels, temperature = torch.zeros(batch, length, dtype=torch.long), torch.tensor(x)
@@ -69,27 +82,70 @@ def run(batch, length, x, vocab, shifted=False):
         beta=x,
     )
     scale.scale_(grad, torch.tensor(x))
-    return compiled()
+    sequence_loss.sequence_loss(
+        row,
+        row,
+        labels == 0,
+        kind="sigmoid",
+        num_sequences=2 * batch,
+        cu_seqlens=None,
+        log_eps_P=-x,
+        log_eps_R=x,
+        beta=x,
+        p=x / 4,
+    )
+    return compiled(ROWS)
 
 
-print(json.dumps([
-    run(batch, length, x, {vocab}, shifted)
-    for batch, length, x, shifted in [
-        (2, 16, 1.0, False), (2, 3, 1.0, False), (1, 1, 1.0, False), (3, 33, 0.7, False),
-        (2, 16, 0.3, True), (4, 7, 0.5, True), (1, 48, 0.9, True),
+def run_gemms(n, x):
+    hidden, weight = torch.randn(n, 64).bfloat16(), torch.randn(320, 64).bfloat16()
+    labels, row, count = torch.zeros(n).long(), torch.full((n,), x), torch.tensor(n).int()
+    options = {
+        "temperature": torch.tensor(x),
+        "logit_scale": x,
+        "logit_softcap": 10 * x,
+        "index": torch.arange(n),
+        "count": count,
+    }
+    result = linear_logps.linear_logps_forward(hidden, weight, labels, **options)
+    dz = linear_logps.linear_logits_gradient(
+        hidden, weight, labels, *result, of_logp=row, **options
+    )
+    matmul.hidden_gradient_(hidden, dz, weight, count, scale=row, index=options["index"])
+    matmul.add_weight_gradient_(torch.zeros(320, 64), dz, hidden, count)
+    return compiled(GEMMS)
+
+
+if "{what}" == "rows":
+    counts = [
+        run_rows(batch, length, x, {vocab}, shifted)
+        for batch, length, x, shifted in [
+            (2, 16, 1.0, False), (2, 3, 1.0, False), (1, 1, 1.0, False), (3, 33, 0.7, False),
+            (2, 16, 0.3, True), (4, 7, 0.5, True), (1, 48, 0.9, True),
+        ]
     ]
-]))
+else:
+    counts = [run_gemms(n, x) for n, x in [(1, 1.0), (7, 0.3), (16, 1.0), (128, 2.0), (500, 1.5)]]
+print(json.dumps(counts))
 """
 
 
-@pytest.mark.parametrize("vocab", [4096, 50257])
-def test_lengths_and_hyperparameters_compile_nothing(vocab):
+def compilations(what, vocab=0):
     root = Path(__file__).parents[2]
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT.replace("{vocab}", str(vocab))],
+        [sys.executable, "-c", SCRIPT.replace("{vocab}", str(vocab)).replace("{what}", what)],
         env={**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(root)},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == [[1, 1, 1, 1]] * 7
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("vocab", [4096, 50257])
+def test_lengths_and_hyperparameters_compile_nothing(vocab):
+    assert compilations("rows", vocab) == [[1] * 5] * 7
+
+
+def test_numbers_of_rows_and_head_options_compile_nothing():
+    assert compilations("gemms") == [[1] * 5] * 5

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import humanline as hl
+from humanline.kernels import token_loss as kernel
 
 OBJECTIVE = hl.GRPO(perception=hl.Clip(-1.5, 1.5), beta=0.05)
 
@@ -116,3 +117,36 @@ def test_under_autocast(device):
         result = ours(*arguments)
     for a, b in zip(result, expected, strict=True):
         assert torch.equal(a, b)
+
+
+def test_offsets_beyond_31_bits(device):
+    """Of the logits and of the gradient, which overwrites them here."""
+    vocab, rows_apart = 1000, 2**31 // 1000 + 8
+    memory = torch.empty((rows_apart + 1) * vocab, dtype=torch.bfloat16, device=device)
+    far = memory.as_strided((2, 1, vocab), (rows_apart * vocab, vocab, 1))
+    near, labels = draw(1, vocab, torch.bfloat16, device)
+    far.copy_(near)
+    row = torch.ones(2, device=device)
+    outputs = []
+    for logits in (far, near.clone()):
+        temperature = torch.tensor(1.0, device=device)
+        options = {"kind": "nll", "weight": row}
+        outputs.append((*kernel.token_loss(logits, labels, temperature, logits, **options), logits))
+    for a, b in zip(*outputs, strict=True):
+        assert a is b is None or torch.equal(a, b)
+    assert (outputs[0][-1] != near).any()
+
+
+def test_more_rows_than_a_grid_axis_allows(device):
+    if device == "cpu":
+        pytest.skip("Triton's interpreter knows no such limit, and takes minutes for so many rows")
+    n = 65_540  # 65,535 is the limit of a grid's y and z
+    logits, labels = draw(n // 2, 3, torch.float32, device)
+    labels.view(-1)[:-2] = -100
+    more = torch.full(labels.shape, -1.0, device=device), torch.ones(2, device=device)
+    loss, grad = ours(logits, labels, *more)
+    expected, _ = OBJECTIVE.from_logits(
+        logits, labels, more[0], advantages=more[1], backend="torch"
+    )
+    torch.testing.assert_close(loss, expected)
+    assert (grad.view(n, 3)[:-2] == 0).all() and (grad.view(n, 3)[-2:] != 0).all()

@@ -104,6 +104,26 @@ def test_from_hidden_never_holds_all_logits(objective, frozen_head):
     assert largest.elements == max(rows * vocab, weight.numel())
 
 
+@pytest.mark.parametrize("frozen_head", [False, True])
+def test_an_observer_sees_the_logits_of_every_labelled_row_once(frozen_head):
+    hidden, weight = torch.randn(7, 4, requires_grad=True), torch.randn(11, 4)
+    weight.requires_grad_(not frozen_head)
+    labels = torch.tensor([3, -100, 0, 10, -100, 5, 5])
+    seen = torch.full((7, 11), torch.nan)
+
+    def observe(index, logits):
+        assert seen[index].isnan().all() and len(index) <= 2
+        seen[index] = logits
+
+    options = {"temperature": 0.5, "logit_softcap": 3.0, "workspace_bytes": 2 * 2 * 11 * 4}
+    logps = hl.linear_token_logps(hidden, weight, labels, observe=observe, **options)
+    logps.sum().backward()  # the backward shows nothing
+    logits = 3 * torch.tanh(hidden @ weight.T / 3) / 0.5
+    assert torch.allclose(seen[labels != -100], logits[labels != -100], atol=1e-5)
+    assert seen[labels == -100].isnan().all()
+    assert torch.equal(logps, hl.linear_token_logps(hidden, weight, labels, **options))
+
+
 def test_autocast_runs_the_head_in_its_dtype():
     hidden = torch.randn(2, 3, H, requires_grad=True)
     weight = torch.randn(V, H, requires_grad=True)
@@ -161,6 +181,8 @@ NO_VALUES = [  # objective and batch arguments, on a device whose tensors hold n
     (hl.PPO(entropy_coef=0.1), {"advantages": (2, 5)}),
     (hl.SFT(), {}),
     (hl.DPO(perception=hl.Clip(-1, 1), loss_type=("sigmoid", "ipo")), {}),
+    (hl.DPO(perception=hl.Clip(-1, 1)), {}),
+    (hl.KTO(perception=hl.Clip(-1, 1)), {"desirable": (2,)}),
     (hl.DPO(perception=hl.ProspectWeight()), {}),
     (hl.DPO(perception=hl.BetaRejection(seed=1)), {}),
     (hl.SimPO(), {}),
@@ -179,6 +201,8 @@ def test_from_logits_with_kernels_reads_nothing_back(objective, shapes, packed, 
         logits = torch.empty(*rows, V, requires_grad=True)
         labels, ref_logps = torch.empty(rows, dtype=torch.long), torch.empty(rows)
         batch = {name: torch.empty(shape) for name, shape in shapes.items()}
+        if isinstance(objective, hl.KTO):
+            batch["z0"] = torch.empty(())
         if packed:
             batch["cu_seqlens"] = torch.empty(3, dtype=torch.int32)
         loss, stats = objective.from_logits(logits, labels, ref_logps, temperature=0.7, **batch)

@@ -356,8 +356,7 @@ def test_the_kinds_of_reference_give_the_same_run(lora, options, tmp_path):
         held[kind] = summary["reference_bytes"]
     runs = [without_timing(tmp_path / kind) for kind in REFERENCES]
     assert runs[0] == runs[1] == runs[2]
-    assert held["lookahead"] < held["adapter"]
-    assert (held["adapter"] < held["copy"]) == lora
+    assert held["lookahead"] < held["adapter"] == held["copy"]  # a frozen base is held once
 
 
 def test_a_fixed_reference_cannot_be_looked_ahead_to(options, tmp_path):

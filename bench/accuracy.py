@@ -1,0 +1,47 @@
+"""How far a peer is from float64 on the same inputs, loss and gradients."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bench.cases import Batch, Case, inputs
+from bench.peers import Peer, eager_hidden, eager_logits
+
+CHECKED_TOKENS = 512  # of a longer case, so many: the truth holds all logits in float64
+WRONG = 0.1  # a relative error of the gradient beyond this is no rounding
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Of the loss, absolute; of the gradient, ``‖g − g64‖ / ‖g64‖``, that of the worst input."""
+
+    loss: float
+    gradient: float
+
+    @property
+    def wrong(self) -> bool:
+        return not self.gradient <= WRONG
+
+
+def errors(peer: Peer, case: Case, device: str) -> Errors:
+    """Compare a peer with float64 on (at most ``CHECKED_TOKENS`` of) the case's inputs."""
+    batch = inputs(case.shortened(CHECKED_TOKENS), device)
+    eager = eager_logits if case.entry == "logits" else eager_hidden
+    true_loss, true_gradients = _evaluate(eager, batch.to_float64())
+    loss, gradients = _evaluate(peer.run, batch)
+    return Errors(
+        abs(loss.double() - true_loss).item(),
+        max(_relative(g, t) for g, t in zip(gradients, true_gradients, strict=True)),
+    )
+
+
+def _evaluate(run, batch: Batch) -> tuple[Tensor, tuple[Tensor, ...]]:
+    loss = run(batch)
+    return loss.detach(), torch.autograd.grad(loss, batch.leaves)
+
+
+def _relative(x: Tensor, truth: Tensor) -> float:
+    norm = truth.norm().item()
+    error = (x.double() - truth).norm().item()
+    return error / norm if norm else error

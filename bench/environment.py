@@ -1,0 +1,48 @@
+"""On what something was measured."""
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import subprocess
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import humanline as hl
+from bench.peers import versions
+
+
+def environment(device: str) -> dict[str, Any]:
+    """Device, versions, commit and date, for JSON."""
+    triton = importlib.util.find_spec("triton") and importlib.metadata.version("triton")
+    return {
+        "device": device_name(device),
+        "torch": torch.__version__,
+        "triton": triton,
+        "humanline": hl.__version__,
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "threads": torch.get_num_threads(),
+        "peers": versions(),
+        "date": date.today().isoformat(),
+    }
+
+
+def device_name(device: str) -> str:
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    name = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), "CPU")
+    return f"{name}, {os.cpu_count()} cores"
+
+
+def _commit() -> str:
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except OSError:
+        return "unknown"
+    return done.stdout.strip() or "unknown"

@@ -1,0 +1,101 @@
+"""README.md's tables, from the committed results: between ``<!-- bench:NAME -->`` and
+``<!-- /bench -->``.
+
+    python -m bench.readme           # write them
+    python -m bench.readme --check   # exit code 1 if README.md says something else
+"""
+
+import re
+import sys
+from pathlib import Path
+
+from bench import model
+from bench.measure import Result
+from bench.peers import OURS
+from bench.report import find, megabytes, seconds
+from bench.run import ROOT, Results
+from humanline.training.errors import UserError
+
+BLOCK = re.compile(r"(<!-- bench:([\w-]+) -->\n)(.*?)(<!-- /bench -->)", re.S)
+NO_GPU = "On a GPU nothing has been measured yet."
+
+
+def committed() -> list[Results]:
+    """All results in ``bench/results/``."""
+    return [Results.load(p) for p in sorted((ROOT / "bench/results").glob("*/results.json"))]
+
+
+def _on(gpu: bool) -> list[Results]:
+    return [r for r in committed() if ("cores" not in r.environment["device"]) == gpu]
+
+
+def cpu() -> str:
+    found = _on(gpu=False)
+    return "\n".join(_measured(r) for r in found) if found else "On a CPU nothing is committed."
+
+
+def gpu() -> str:
+    found = _on(gpu=True)
+    return "\n".join(_measured(r) for r in found) if found else NO_GPU
+
+
+def scale() -> str:
+    return "\n".join(model.table())
+
+
+BLOCKS = {"cpu": cpu, "gpu": gpu, "scale": scale}
+
+
+def _measured(results: Results) -> str:
+    """A line on what and where, then a table for each shape, dtype and share of active rows."""
+    e = results.environment
+    path = results.path.relative_to(ROOT)
+    lines = [
+        f"Measured, forward + backward, torch {e['torch'].split('+')[0]}, {e['device']} "
+        f"(`humanline bench --show {path}`). Memory is what a process takes beside its inputs, "
+        "gradients included; error is the gradient's, relative, from float64:"
+    ]
+    for case in results.cases:
+        lines += ["", f"`{case.name}`", "", "| | time | memory | error |", "|---|---|---|---|"]
+        lines += [_row(r) for r in results.of(case) if r.seconds is not None]
+        if find(results.of(case), OURS) is None:
+            lines.append(f"| {OURS} | not measured | | |")
+    return "\n".join(lines)
+
+
+def _row(r: Result) -> str:
+    error = "—" if r.gradient_error is None else f"{r.gradient_error:.1e}"
+    cells = [seconds(r.seconds), megabytes(r.peak_bytes), error]
+    if r.peer == OURS:
+        cells = [f"**{c}**" if c != "—" else c for c in cells]
+    return f"| {r.peer} | {' | '.join(cells)} |"
+
+
+def generated(text: str) -> str:
+    """``text`` with every block as it should be.
+
+    Raises:
+        UserError: a block of a name that nothing generates.
+    """
+
+    def fill(match: re.Match) -> str:
+        start, name, _, end = match.groups()
+        if name not in BLOCKS:
+            raise UserError(f"README.md has a block bench:{name}; known: {', '.join(BLOCKS)}")
+        return f"{start}{BLOCKS[name]()}\n{end}"
+
+    return BLOCK.sub(fill, text)
+
+
+def main(argv: list[str]) -> int:
+    readme = Path(ROOT / "README.md")
+    text = readme.read_text(encoding="utf-8")
+    wanted = generated(text)
+    if "--check" in argv:
+        return int(text != wanted)
+    readme.write_text(wanted, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

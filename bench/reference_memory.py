@@ -1,0 +1,173 @@
+"""Peak memory and step time of training with each kind of reference, on a CPU.
+
+    python bench/reference_memory.py [--sync-every K] [--json FILE]
+
+Every run is a process of its own: a causal transformer trained with AdamW on GRPO with humanline
+clipping, all its weights or a LoRA adapter (PEFT). Memory is the process's
+high-water mark; the table shows what it is above that of a run without any reference, and what
+``memory_bytes()`` says. The kinds must arrive at the same losses. Linux and macOS.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import humanline as hl
+from humanline.reference import REFERENCES
+
+OBJECTIVE = hl.GRPO(perception=hl.Clip(-0.05, 0.05))
+KINDS = ("none", *REFERENCES)
+TRAINED = ("all weights", "LoRA")
+
+
+class Model(nn.Module):
+    """Token ids ``[B, T]`` to hidden states ``[B, T, width]``."""
+
+    def __init__(self, width: int, layers: int, vocab: int):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(
+            width, max(1, width // 64), 4 * width, dropout=0.1, batch_first=True, norm_first=True
+        )
+        self.embedding = nn.Embedding(vocab, width)
+        self.body = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
+        self.head = nn.Linear(width, vocab, bias=False)
+
+    def forward(self, ids):
+        causal = nn.Transformer.generate_square_subsequent_mask(ids.shape[1])
+        return self.body(self.embedding(ids), mask=causal, is_causal=True)
+
+
+def make_policy(trained: str, args: argparse.Namespace) -> nn.Module:
+    torch.manual_seed(0)
+    model = Model(args.width, args.layers, args.vocab)
+    if trained == "LoRA":
+        import peft
+
+        config = peft.LoraConfig(r=16, target_modules=["linear1", "linear2"])
+        model = peft.get_peft_model(model, config)
+    return model.train()
+
+
+def optimizer_steps(args: argparse.Namespace):
+    """One micro-batch a step: rows of token ids ``[B, T + 1]``."""
+    generator = torch.Generator().manual_seed(1)
+    shape = (args.batch, args.length + 1)
+    for _ in range(args.steps):
+        yield [torch.randint(0, args.vocab, shape, generator=generator)]
+
+
+def score(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    return hl.linear_token_logps(model(ids[:, :-1]), model.head.weight, ids[:, 1:])
+
+
+def without_reference(steps):
+    for batches in steps:
+        yield batches, [None] * len(batches)
+
+
+# The encoder's fused inference path would take memory and time that training's layers do not.
+torch.backends.mha.set_fastpath_enabled(False)
+
+
+def measure(trained: str, kind: str, args: argparse.Namespace) -> dict:
+    """Train here; the process should do nothing else."""
+    policy = make_policy(trained, args)
+    optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=1e-4)
+    reference = None if kind == "none" else REFERENCES[kind](policy, score, args.sync_every)
+    steps = optimizer_steps(args)
+    steps = without_reference(steps) if reference is None else reference.steps(steps)
+    advantages = torch.linspace(-1, 1, args.batch)
+    losses, seconds, held, begun = [], [], 0, time.perf_counter()
+    for batches, scores in steps:
+        for ids, ref_logps in zip(batches, scores, strict=True):
+            hidden = policy(ids[:, :-1])
+            loss, _ = OBJECTIVE.from_hidden(
+                hidden, policy.head.weight, ids[:, 1:], ref_logps, advantages=advantages
+            )
+            loss.backward()
+        if reference is not None:
+            reference.before_step()
+            held = max(held, reference.memory_bytes())
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        seconds.append(time.perf_counter() - begun)
+        begun = time.perf_counter()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return {
+        "trained": trained,
+        "kind": kind,
+        "losses": losses,
+        "seconds_per_step": statistics.mean(seconds[1:]),  # the first one allocates
+        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
+        "held_bytes": held,
+    }
+
+
+def in_child(trained: str, kind: str, args: argparse.Namespace) -> dict:
+    sizes = ("steps", "sync_every", "width", "layers", "vocab", "batch", "length")
+    command = [sys.executable, __file__, "--child", f"{trained}/{kind}"]
+    for name in sizes:
+        command += ["--" + name.replace("_", "-"), str(getattr(args, name))]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def report(results: list[dict], sync_every: int) -> None:
+    print(f"{'trained':14s}{'reference':12s}{'s / step':>10s}{'peak MB':>10s}", end="")
+    print(f"{'above none':>12s}{'held MB':>10s}    sync every {sync_every}")
+    for trained in dict.fromkeys(r["trained"] for r in results):
+        rows = {r["kind"]: r for r in results if r["trained"] == trained}
+        losses = [r["losses"] for kind, r in rows.items() if kind != "none"]
+        assert all(other == losses[0] for other in losses), "the kinds' losses differ"
+        for kind, r in rows.items():
+            above = r["peak_bytes"] - rows["none"]["peak_bytes"]
+            print(
+                f"{trained:14s}{kind:12s}{r['seconds_per_step']:10.3f}"
+                f"{r['peak_bytes'] / 1e6:10.0f}{above / 1e6:12.0f}{r['held_bytes'] / 1e6:10.1f}"
+            )
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=9)
+    parser.add_argument("--sync-every", type=int, default=4)
+    parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--vocab", type=int, default=8192)
+    parser.add_argument("--batch", type=int, default=4, help="sequences in a micro-batch")
+    parser.add_argument("--length", type=int, default=128, help="tokens in a sequence")
+    parser.add_argument("--json", type=Path, help="also write the raw results here")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.steps < 2:
+        parser.error(f"--steps must be at least 2, got {args.steps}")
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    if args.child:
+        print(json.dumps(measure(*args.child.split("/"), args)))
+        return
+    results = []
+    for trained in TRAINED:
+        for kind in KINDS:
+            print(f"running: {trained}, {kind}", file=sys.stderr)
+            results.append(in_child(trained, kind, args))
+    report(results, args.sync_every)
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""Results as a table in a terminal."""
+
+from bench.measure import Result
+from bench.peers import OURS
+from bench.run import Results
+
+COLUMNS = {"error": 8, "seconds": 9, "/ floor": 8, "× ours": 7, "peak MB": 8, "× ours ": 7}
+HEAD = " " * 28 + " ".join(f"{name.strip():>{width}s}" for name, width in COLUMNS.items())
+
+
+def terminal(results: Results) -> str:
+    """All results, a block a case. ``× ours`` is how many times humanline's own."""
+    lines = [f"{k}: {v}" for k, v in results.environment.items()]
+    for case in results.cases:
+        lines += ["", case.name, HEAD]
+        of_case = sorted(results.of(case), key=lambda r: r.why_not is not None)
+        lines += [_terminal_line(r, floor(of_case), ours(of_case)) for r in of_case]
+    return "\n".join(lines)
+
+
+def _terminal_line(result: Result, floor: Result | None, ours: Result | None) -> str:
+    if result.why_not is not None:
+        return f"  {result.peer:26s} {result.why_not}"
+    error = "" if result.gradient_error is None else f"{result.gradient_error:.1e}"
+    return (
+        f"  {result.peer:26s} {error:>8s} {result.seconds:9.4g} "
+        f"{_ratio(result.seconds, floor and floor.seconds):>8s} "
+        f"{_ratio(result.seconds, ours and ours.seconds):>7s} "
+        f"{result.peak_bytes / 1e6:8.0f} {_ratio(result.peak_bytes, ours and ours.peak_bytes):>7s}"
+    )
+
+
+def floor(results: list[Result]) -> Result | None:
+    """The bare GEMMs or the bare copy of a case."""
+    return find(results, "bare GEMMs") or find(results, "bare copy")
+
+
+def ours(results: list[Result]) -> Result | None:
+    return find(results, OURS)
+
+
+def find(results: list[Result], peer: str) -> Result | None:
+    return next((r for r in results if r.peer == peer and r.seconds is not None), None)
+
+
+def _ratio(x: float, base: float | None) -> str:
+    return f"{x / base:.2f}" if base else ""
+
+
+def seconds(x: float) -> str:
+    """Three digits, in the unit that suits."""
+    return f"{x:#.3g} s" if x >= 0.1 else f"{x * 1e3:#.3g} ms" if x >= 1e-4 else f"{x * 1e6:.0f} µs"
+
+
+def megabytes(x: float) -> str:
+    return f"{x / 1e6:,.0f} MB"

@@ -1,0 +1,181 @@
+"""Run cases: each in processes of its own, results saved as they come, taken up again later.
+
+On a CPU every peer has its own process, since memory is the process's. On a GPU a case has one,
+and whoever crashes it is left behind.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bench.cases import Case
+from bench.environment import environment
+from bench.measure import Result, measure
+from bench.peers import Peer, peers_of
+from humanline.training.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+MARK = "humanline-bench-result "  # other lines of a child's output are the libraries'
+SAME = ("device", "torch", "humanline", "threads")  # else results do not belong in one file
+
+
+@dataclass
+class Results:
+    """Results and where they were measured; a JSON file if it has a path."""
+
+    environment: dict[str, Any]
+    results: list[Result] = field(default_factory=list)
+    path: Path | None = None
+
+    @classmethod
+    def load(cls, path: Path) -> "Results":
+        """Read a file that :meth:`save` wrote.
+
+        Raises:
+            UserError: the file is not there or not one of these.
+        """
+        try:
+            stored = json.loads(path.read_text())
+            results = [Result.from_json(record) for record in stored["results"]]
+            return cls(stored["environment"], results, path)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} is no file of benchmark results: {error}") from error
+
+    @classmethod
+    def open(cls, path: Path | None, device: str) -> "Results":
+        """Results to go on with, or new ones.
+
+        Raises:
+            UserError: the file's results come from another machine or other versions.
+        """
+        here = environment(device)
+        if path is None or not path.exists():
+            return cls(here, [], path)
+        found = cls.load(path)
+        differs = [k for k in SAME if found.environment.get(k) != here[k]]
+        if differs:
+            was, now = ({k: e.get(k) for k in differs} for e in (found.environment, here))
+            raise UserError(f"{path} was measured with {was}, here is {now}: name another file")
+        return found
+
+    def add(self, result: Result) -> None:
+        """Append, and write the whole file anew, so that a kill leaves a good one."""
+        self.results.append(result)
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            part = self.path.with_suffix(".part")
+            records = [asdict(r) for r in self.results]
+            part.write_text(
+                json.dumps({"environment": self.environment, "results": records}, indent=1)
+            )
+            os.replace(part, self.path)
+
+    def of(self, case: Case) -> list[Result]:
+        return [r for r in self.results if r.case == case]
+
+    @property
+    def cases(self) -> list[Case]:
+        return list(dict.fromkeys(r.case for r in self.results))
+
+
+def run(
+    cases: Sequence[Case],
+    results: Results,
+    device: str,
+    *,
+    repeats: int = 5,
+    only: Sequence[str] = (),
+    seconds: float = float("inf"),
+    say: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True),
+) -> bool:
+    """Measure every peer on every case that ``results`` does not hold yet.
+
+    Args:
+        only: names of the peers to run; all if empty.
+        seconds: start no case after so long.
+
+    Returns:
+        Whether all is done.
+    """
+    deadline = time.monotonic() + seconds
+    for number, case in enumerate(cases, 1):
+        done = {r.peer for r in results.of(case)}
+        todo = [p for p in peers_of(case) if p.name not in done and (not only or p.name in only)]
+        if not todo:
+            continue
+        say(f"[{number}/{len(cases)}] {case.name}")
+        runnable = []
+        for peer in todo:
+            why_not = peer.why_not(case, device)
+            if why_not is None:
+                runnable.append(peer)
+            else:
+                results.add(Result(case, peer.name, why_not))
+                say(f"    {peer.name}: skipped, {why_not}")
+        at_a_time = 1 if device == "cpu" else len(runnable)
+        while runnable:
+            if time.monotonic() > deadline:
+                return False
+            for result in _in_child(case, runnable[:at_a_time], device, repeats):
+                results.add(result)
+                say(f"    {_line(result)}")
+                runnable.pop(0)
+    return True
+
+
+def _line(result: Result) -> str:
+    if result.why_not is not None:
+        return f"{result.peer}: {result.why_not}"
+    return f"{result.peer}: {result.seconds:.4g} s, {result.peak_bytes / 1e6:.0f} MB"
+
+
+def _in_child(case: Case, peers: Sequence[Peer], device: str, repeats: int):
+    """Results of some peers, one by one; a crash becomes the result of the peer it happened in."""
+    task = {"case": asdict(case), "device": device, "repeats": repeats}
+    task["peers"] = [p.name for p in peers]
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    with subprocess.Popen(
+        [sys.executable, "-m", "bench.run", json.dumps(task)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        env={**os.environ, "PYTHONPATH": path},
+    ) as child:
+        finished, last = 0, ""
+        try:
+            for line in child.stdout:
+                if line.startswith(MARK):
+                    yield Result.from_json(json.loads(line.removeprefix(MARK)))
+                    finished += 1
+                elif line.strip():
+                    last = line.strip()
+        except BaseException:
+            child.kill()
+            raise
+    if finished < len(peers):
+        why_not = f"died with exit code {child.returncode}: {last[:200]}"
+        yield Result(case, peers[finished].name, why_not)
+
+
+def _child(task: dict[str, Any]) -> None:
+    case = Case(**task["case"])
+    for peer in peers_of(case):
+        if peer.name not in task["peers"]:
+            continue
+        try:
+            result = measure(peer, case, task["device"], task["repeats"])
+        except Exception as error:  # a library's failure is its result
+            reason = (str(error).strip().splitlines() or [""])[0][:200]
+            result = Result(case, peer.name, f"{type(error).__name__}: {reason}")
+        print(f"\n{MARK}{json.dumps(asdict(result))}", flush=True)
+
+
+if __name__ == "__main__":
+    _child(json.loads(sys.argv[1]))

@@ -1,0 +1,98 @@
+"""Advantages of completions over the others of their prompt."""
+
+import torch
+from torch import Tensor
+
+from humanline.checks import require, require_floating, require_same_device
+from humanline.distributed import gather_over_ranks
+from humanline.dtypes import at_least_float32
+from humanline.rows import Layout
+
+
+def group_advantages(
+    rewards: Tensor,
+    prompt_ids: Tensor,
+    scale_rewards: str | bool = "group",
+    *,
+    correction: int = 1,
+    epsilon: float = 1e-4,
+) -> Tensor:
+    """GRPO's advantages (arXiv 2402.03300): ``(r − mean of the group) / (std + epsilon)``.
+
+    A group is all completions of a prompt, in any order and on any rank: with a process group,
+    rewards are gathered over ranks (all must call it, with as many completions as they have).
+    Computed in float64; where all rewards are equal, or there is but one, exactly 0.
+
+    Args:
+        rewards: floating ``[S]``, one a completion.
+        prompt_ids: integers ``[S]``; completions with the same number are one group.
+        scale_rewards: as in TRL: "group" (or True), the standard deviation within the group;
+            "batch", that of all rewards (arXiv 2508.08221); "none" (or False), no division
+            (arXiv 2503.20783).
+        correction: as in ``torch.std``: 1 for the sample standard deviation, which TRL takes, 0 for
+            the population's.
+        epsilon: keeps the advantages of almost equal rewards bounded.
+
+    Returns:
+        Advantages ``[S]``, float32, or float64 for float64 rewards.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit; an unknown ``scale_rewards``; a reward is
+            not finite.
+    """
+    scale = {True: "group", False: "none"}.get(scale_rewards, scale_rewards)
+    require(
+        scale in ("group", "batch", "none"),
+        lambda: f"scale_rewards must be 'group', 'batch' or 'none', got {scale_rewards!r}",
+    )
+    require(correction in (0, 1), lambda: f"correction must be 0 or 1, got {correction!r}")
+    require(epsilon >= 0, lambda: f"epsilon must be at least 0, got {epsilon}")
+    require(
+        rewards.dim() == 1 and rewards.shape == prompt_ids.shape,
+        lambda: (
+            f"rewards and prompt_ids must both have shape [S], got {list(rewards.shape)} and "
+            f"{list(prompt_ids.shape)}"
+        ),
+    )
+    require_floating(rewards=rewards)
+    require(
+        not prompt_ids.is_floating_point() and prompt_ids.dtype != torch.bool,
+        lambda: f"prompt_ids must be integers, got {prompt_ids.dtype}",
+    )
+    require_same_device(rewards=rewards, prompt_ids=prompt_ids)
+    require(
+        lambda: bool(rewards.isfinite().all()),
+        lambda: f"rewards must be finite, got {rewards[~rewards.isfinite()][0].item()}",
+        on=rewards,
+    )
+    everyones, own = gather_over_ranks(rewards.detach().double())
+    groups, _ = gather_over_ranks(prompt_ids.long())
+    dtype = at_least_float32(rewards).dtype
+    return _advantages(everyones, groups, scale, correction, epsilon)[own].to(dtype)
+
+
+def _advantages(r: Tensor, groups: Tensor, scale: str, correction: int, epsilon: float) -> Tensor:
+    if not len(r):
+        return r
+    order = groups.argsort(stable=True)
+    sizes = groups[order].unique_consecutive(return_counts=True)[1]
+    ends = sizes.cumsum(0)
+    # A group is a packed sequence of rewards; the batch is one such sequence.
+    group = Layout.of(torch.ones_like(order), torch.cat([ends.new_zeros(1), ends]))
+    batch = Layout.of(torch.ones_like(order), ends.new_tensor([0, len(order)]))
+    centred = _centred(r[order], group)
+    if scale == "none":
+        advantages = centred
+    else:
+        spread, of = (centred, group) if scale == "group" else (_centred(r[order], batch), batch)
+        variance = of.sum(spread.square()) / (of.lengths - correction).clamp(min=1)
+        # Equal rewards have advantage 0 whatever they are divided by, 0 included.
+        std = (of.expand(variance.sqrt()) + epsilon).where(centred != 0, 1)
+        advantages = centred / std
+    return torch.empty_like(r).scatter_(0, order, advantages)
+
+
+def _centred(x: Tensor, layout: Layout) -> Tensor:
+    """Deviation from the sequence's mean, counted from its first value: exactly 0 if all equal."""
+    x = x - layout.expand(x[layout.cu_seqlens[:-1]])
+    return x - layout.expand(layout.mean(x))

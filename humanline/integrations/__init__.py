@@ -1,0 +1,1 @@
+"""One small file a trainer: humanline in trainers people already run."""

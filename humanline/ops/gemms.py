@@ -1,0 +1,100 @@
+"""The three GEMMs of a head on a block of rows: logits, gradient of hidden, gradient of weight.
+
+Logits are formed in float32 (float64 from float64), and never rounded before the log-sum-exp: half
+precision loses up to 0.05 nats of a log-prob. Gradients of the weight are summed in float32.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from humanline.dtypes import compute_dtype
+
+_TILE = 8192  # columns of the vocabulary widened at a time
+
+
+def _on_tensor_cores(x: Tensor) -> bool:
+    return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
+
+
+@contextmanager
+def _bfloat16_products(dtype: torch.dtype) -> Iterator[None]:
+    """On a CPU, float32 GEMMs whose factors are bfloat16 anyway: let oneDNN multiply them as such.
+
+    It rounds the factors, which changes nothing where they are widened bfloat16, accumulates in
+    float32 and returns float32: what a CPU has no other GEMM for. Without the instructions (AMX,
+    AVX512-BF16) it is a float32 GEMM.
+    """
+    matmul = torch.backends.mkldnn.matmul
+    before = matmul.fp32_precision
+    if dtype == torch.bfloat16:
+        matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
+def form_logits(hidden: Tensor, weight: Tensor, out: Tensor) -> Tensor:
+    """``hidden [n, H] @ weight [V, H].T`` into ``out [n, V]``."""
+    if weight.dtype == out.dtype:
+        return torch.mm(hidden, weight.T, out=out)
+    if _on_tensor_cores(weight):
+        return torch.mm(hidden, weight.T, out_dtype=out.dtype, out=out)
+    hidden = hidden.to(out.dtype)
+    with _bfloat16_products(weight.dtype):
+        for tile in range(0, len(weight), _TILE):
+            out[:, tile : tile + _TILE] = hidden @ weight[tile : tile + _TILE].to(out.dtype).T
+    return out
+
+
+def hidden_gradient(dz: Tensor, weight: Tensor) -> Tensor:
+    """``dz @ weight``: one reduction over the vocabulary, so that it is rounded once."""
+    if _on_tensor_cores(weight):
+        return torch.mm(dz.to(weight.dtype), weight, out_dtype=torch.float32)
+    return dz.to(weight.dtype) @ weight
+
+
+def add_weight_gradient_(total: Tensor, dz: Tensor, scale: Tensor, h: Tensor) -> None:
+    """``total += dzᵀ @ (scale·h)``, accumulated in ``total``'s float32 or float64.
+
+    The row scale goes to ``h``, so that ``dz`` stays within [-1, 1], where half precision is best.
+    """
+    scaled = h.to(total.dtype) * scale[:, None]
+    if not _on_tensor_cores(h):
+        with _bfloat16_products(h.dtype):
+            total.addmm_(dz.T.to(total.dtype), scaled)
+    elif h.dtype == torch.bfloat16:
+        torch.addmm(total, dz.to(h.dtype).T, scaled.to(h.dtype), out_dtype=total.dtype, out=total)
+    else:  # float16 underflows where coefficients are small: bring them to 1 and back
+        top = scale.abs().amax()
+        half = (scaled / top.clamp(min=torch.finfo(top.dtype).tiny)).to(h.dtype)
+        total += torch.mm(dz.to(h.dtype).T, half, out_dtype=total.dtype) * top
+
+
+@dataclass
+class HeadGradients:
+    """Gradients summed up block by block: of the weight, of the bias; None if not asked for."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+
+    @classmethod
+    def zeros(
+        cls, weight: Tensor, bias: Tensor | None, need_weight: bool, need_bias: bool
+    ) -> "HeadGradients":
+        dtype = compute_dtype(weight.dtype)
+        return cls(
+            torch.zeros_like(weight, dtype=dtype) if need_weight else None,
+            torch.zeros_like(bias, dtype=dtype) if need_bias else None,
+        )
+
+    def add(self, dz: Tensor, scale: Tensor, h: Tensor) -> None:
+        """Add a block: ``dz [n, V]``, its rows still to be multiplied by ``scale [n]``."""
+        if self.weight is not None:
+            add_weight_gradient_(self.weight, dz, scale, h)
+        if self.bias is not None:  # the weight of a hidden state that is always 1
+            add_weight_gradient_(self.bias[:, None], dz, scale, torch.ones_like(h[:, :1]))

@@ -1,0 +1,169 @@
+"""Log-probs of a block of rows from hidden states, and the gradient of its logits, by backend.
+
+A block of either kind has ``index``, its rows; ``hidden``, theirs; ``logps`` and ``entropy`` of
+them; ``keep``, which forgets all rows but some; and ``gradient``, that of the head's product, ready
+for the GEMMs of the backward.
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from humanline import checks
+from humanline.dtypes import compute_dtype
+from humanline.ops.gemms import form_logits
+from humanline.ops.head import Head
+from humanline.ops.logits import divide_by_temperature
+from humanline.ops.softmax import SoftmaxBlock
+
+# On a CPU, more rows gain a block's GEMMs nothing. A GPU takes as many as the workspace holds:
+# each block reads and writes the whole gradient of the weight.
+CPU_BLOCK_ROWS = 512
+
+
+#: Looks at a block: the indices ``[n]`` of its rows and their logits ``[n, V]``, which it may read
+#: but neither keep nor change.
+Observer = Callable[[Tensor, Tensor], None]
+
+
+class TorchBlock:
+    """In the logits' own memory, a pass of torch a step."""
+
+    def __init__(
+        self, memory, hidden, weight, labels, head: Head, index, with_entropy: bool, observe=None
+    ):
+        self.hidden, self.index, self._head = hidden[index], index, head
+        z = form_logits(self.hidden, weight, memory[: len(index)])
+        if head.bias is not None:
+            z += head.bias
+        if head.logit_scale != 1:
+            z *= head.logit_scale
+        self._softcap_slope = None
+        if head.logit_softcap is not None:
+            z.div_(head.logit_softcap).tanh_()
+            self._softcap_slope = (z * z).neg_().add_(1)
+            z *= head.logit_softcap
+        divide_by_temperature(z, head.temperature, index)
+        if observe is not None:
+            observe(index, z)
+        self._softmax = SoftmaxBlock(z, labels[index].long(), with_entropy)
+        self.logps, self.entropy = self._softmax.logps, self._softmax.entropy
+
+    @staticmethod
+    def bytes_per_row(weight: Tensor, head: Head, with_entropy: bool) -> int:
+        dtype = compute_dtype(weight.dtype)
+        narrowed = weight.dtype != dtype  # a copy of the gradient for the GEMMs
+        buffers = 1 + with_entropy + (head.logit_softcap is not None) + narrowed
+        return buffers * len(weight) * dtype.itemsize
+
+    @staticmethod
+    def memory(weight: Tensor, rows: int) -> Tensor:
+        return weight.new_empty(rows, len(weight), dtype=compute_dtype(weight.dtype))
+
+    def keep(self, kept: Tensor) -> None:
+        self.hidden, self.index = self.hidden[kept], self.index[kept]
+        self._softmax.keep(kept)
+        if self._softcap_slope is not None:
+            self._softcap_slope = self._softcap_slope[kept]
+
+    def gradient(self, of_logp: Tensor | None = None, of_entropy: Tensor | None = None) -> Tensor:
+        dz = self._softmax.gradient(of_logp, of_entropy)
+        divide_by_temperature(dz, self._head.temperature, self.index)
+        if self._softcap_slope is not None:
+            dz *= self._softcap_slope
+        if self._head.logit_scale != 1:
+            dz *= self._head.logit_scale
+        return dz
+
+
+class TritonBlock:
+    """Two kernels between the GEMMs, see kernels/head_rows.py."""
+
+    def __init__(
+        self, memory, hidden, weight, labels, head: Head, index, with_entropy: bool, observe=None
+    ):
+        from humanline.kernels.head_rows import HeadRows
+
+        checks.require(observe is None, 'observe= needs backend="torch", which forms the logits')
+        z, self._dz = memory
+        self.hidden, self.index, self._kept = hidden[index], index, None
+        temperature = head.temperature
+        self._rows = HeadRows(
+            form_logits(self.hidden, weight, z[: len(index)]),
+            labels[index],
+            temperature[index] if temperature.dim() else temperature,
+            head.bias,
+            head.logit_scale,
+            head.logit_softcap,
+            with_entropy,
+        )
+        self.logps, self.entropy = self._rows.logps, self._rows.entropy
+
+    @staticmethod
+    def bytes_per_row(weight: Tensor, head: Head, with_entropy: bool) -> int:
+        return len(weight) * (torch.float32.itemsize + weight.element_size())
+
+    @staticmethod
+    def memory(weight: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+        z = weight.new_empty(rows, len(weight), dtype=torch.float32)
+        return z, torch.empty_like(z, dtype=weight.dtype)
+
+    def keep(self, kept: Tensor) -> None:
+        self.hidden, self.index, self._kept = self.hidden[kept], self.index[kept], kept
+
+    def gradient(self, of_logp: Tensor | None = None, of_entropy: Tensor | None = None) -> Tensor:
+        return self._rows.gradient(self._dz, self._kept, of_logp, of_entropy)
+
+
+Block = TorchBlock | TritonBlock
+BLOCKS = {"torch": TorchBlock, "triton": TritonBlock}
+
+
+def block_rows(
+    weight: Tensor, head: Head, with_entropy: bool, workspace_bytes: int, backend: str
+) -> int:
+    """Rows whose logits, with what is made of them, fit the workspace.
+
+    With the torch backend a copy of a block's active rows comes on top where rows drop out.
+
+    Raises:
+        ValueError: not even one row fits.
+    """
+    per_row = BLOCKS[backend].bytes_per_row(weight, head, with_entropy)
+    checks.require(
+        workspace_bytes >= per_row,
+        lambda: (
+            f"workspace_bytes must be at least {per_row} to hold the logits of one row "
+            f"(V={len(weight)}), got {workspace_bytes}"
+        ),
+    )
+    return workspace_bytes // per_row
+
+
+def comfortable_rows(weight: Tensor, fitting: int) -> int:
+    """Rows a block where any number up to ``fitting`` will do."""
+    return min(fitting, CPU_BLOCK_ROWS) if weight.device.type == "cpu" else fitting
+
+
+def head_blocks(
+    hidden: Tensor,
+    weight: Tensor,
+    head: Head,
+    labels: Tensor,
+    wanted: Tensor,
+    rows: int,
+    with_entropy: bool,
+    backend: str,
+    observe: Observer | None = None,
+) -> Iterator[Block]:
+    """The rows where ``wanted [N]`` holds, so many at a time.
+
+    One workspace serves all blocks: a block ends where the next begins. The number of rows is read
+    from the device.
+    """
+    blocks = [index for index in wanted.nonzero().squeeze(1).split(rows) if len(index)]
+    kind = BLOCKS[backend]
+    memory = kind.memory(weight, max(map(len, blocks), default=0))
+    for index in blocks:
+        yield kind(memory, hidden, weight, labels, head, index, with_entropy, observe)

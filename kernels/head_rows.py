@@ -1,0 +1,206 @@
+"""What happens to a block of logits between the head's GEMMs: its softmax, and its gradient.
+
+The block ``[n, V]`` is the float32 product of hidden states and weight, in a workspace. A first
+kernel reads it for each row's statistics; a second one, once the rows' coefficients are known,
+reads the rows that have one and writes their gradient in the dtype of the GEMMs that follow. Bytes
+per logit: 4 written by the GEMM, 4 read, then 4 read and 2 written for active rows.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import dense, row_config
+from .rows import LOG2E, label_logp, row_entropy, row_statistics, row_value, write_gradient
+from .token_logps import inverse_temperature
+
+
+@triton.jit
+def _softmax(
+    z_ptr,
+    labels_ptr,
+    temperature_ptr,
+    bias_ptr,
+    logps_ptr,
+    max_ptr,
+    sum_ptr,
+    entropy_ptr,
+    V,
+    logit_scale,
+    logit_softcap,
+    TEMPERATURE_PER_ROW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    LANES: tl.constexpr,
+    PER_LANE: tl.constexpr,
+):
+    row = tl.program_id(0)
+    row_ptr = z_ptr + row.to(tl.int64) * V
+    inverse = inverse_temperature(temperature_ptr, row, TEMPERATURE_PER_ROW)
+    m, s, t = row_statistics(
+        row_ptr,
+        V,
+        inverse * LOG2E,
+        ENTROPY,
+        LANES,
+        PER_LANE,
+        bias_ptr,
+        logit_scale,
+        logit_softcap,
+        SOFTCAP,
+    )
+    label = tl.load(labels_ptr + row)
+    logp = label_logp(row_ptr, label, inverse, m, s, bias_ptr, logit_scale, logit_softcap, SOFTCAP)
+    tl.store(logps_ptr + row, logp)
+    tl.store(max_ptr + row, m)
+    tl.store(sum_ptr + row, s)
+    if ENTROPY:
+        tl.store(entropy_ptr + row, row_entropy(inverse, s, t))
+
+
+@triton.jit
+def _gradient(
+    dz_ptr,
+    z_ptr,
+    kept_ptr,
+    labels_ptr,
+    temperature_ptr,
+    bias_ptr,
+    logps_ptr,
+    max_ptr,
+    sum_ptr,
+    entropy_ptr,
+    of_logp_ptr,
+    of_entropy_ptr,
+    V,
+    logit_scale,
+    logit_softcap,
+    TEMPERATURE_PER_ROW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    KEPT: tl.constexpr,
+    OF_LOGP: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    LANES: tl.constexpr,
+    PER_LANE: tl.constexpr,
+):
+    out = tl.program_id(0)
+    row = out
+    if KEPT:
+        row = tl.load(kept_ptr + out).to(tl.int32)
+    entropy = 0.0
+    if ENTROPY:
+        entropy = tl.load(entropy_ptr + row)
+    write_gradient(
+        dz_ptr + out.to(tl.int64) * V,
+        z_ptr + row.to(tl.int64) * V,
+        V,
+        tl.load(labels_ptr + row),
+        inverse_temperature(temperature_ptr, row, TEMPERATURE_PER_ROW),
+        tl.load(max_ptr + row),
+        tl.load(sum_ptr + row),
+        tl.load(logps_ptr + row),
+        entropy,
+        row_value(of_logp_ptr, out, OF_LOGP, 1.0),
+        row_value(of_entropy_ptr, out, ENTROPY, 0.0),
+        ENTROPY,
+        LANES,
+        PER_LANE,
+        bias_ptr,
+        logit_scale,
+        logit_softcap,
+        SOFTCAP,
+    )
+
+
+class HeadRows:
+    """Softmax of the rows of a block, and the way back.
+
+    Args:
+        z: ``hidden @ weight.T`` in float32, contiguous ``[n, V]``; stays as it is.
+        labels: integer ``[n]``, each in ``[0, V)``.
+        temperature: a scalar, or ``[n]``.
+        bias: ``[V]`` or None.
+        logit_scale, logit_softcap: options of the head, applied after the bias in this order.
+        with_entropy: also compute each row's entropy.
+
+    Attributes:
+        logps, entropy: float32 ``[n]``, in nats; entropy is None if not asked for.
+    """
+
+    def __init__(
+        self,
+        z: Tensor,
+        labels: Tensor,
+        temperature: Tensor,
+        bias: Tensor | None = None,
+        logit_scale: float = 1.0,
+        logit_softcap: float | None = None,
+        with_entropy: bool = False,
+    ):
+        self._z, self._labels, self._temperature, self._bias = z, labels, temperature, bias
+        self._scalars = z.shape[1], float(logit_scale), float(logit_softcap or 0.0)
+        self._constants = {
+            "TEMPERATURE_PER_ROW": temperature.dim() > 0,
+            "SOFTCAP": logit_softcap is not None,
+            **row_config(z.shape[1], z.dtype),
+        }
+        self.logps, self._max, self._sum = (z.new_empty(len(z)) for _ in range(3))
+        self.entropy = torch.empty_like(self.logps) if with_entropy else None
+        if len(z):
+            with torch.cuda.device_of(z):
+                _softmax[(len(z),)](
+                    z,
+                    dense(labels),
+                    dense(temperature),
+                    bias,
+                    self.logps,
+                    self._max,
+                    self._sum,
+                    self.entropy,
+                    *self._scalars,
+                    ENTROPY=with_entropy,
+                    **self._constants,
+                )
+
+    def gradient(
+        self,
+        out: Tensor,
+        kept: Tensor | None = None,
+        of_logp: Tensor | None = None,
+        of_entropy: Tensor | None = None,
+    ) -> Tensor:
+        """Gradient by ``z`` of ``Σ of_logp·logp + of_entropy·entropy`` over some rows.
+
+        Args:
+            out: where to write it, ``[≥ k, V]``, contiguous, any dtype.
+            kept: the rows, integer ``[k]``; all if None.
+            of_logp: float ``[k]``; 1 for all if None.
+            of_entropy: float ``[k]``; 0 for all if None.
+
+        Returns:
+            ``out[:k]``.
+        """
+        k = len(self._z) if kept is None else len(kept)
+        if k:
+            with torch.cuda.device_of(out):
+                _gradient[(k,)](
+                    out,
+                    self._z,
+                    kept,
+                    dense(self._labels),
+                    dense(self._temperature),
+                    self._bias,
+                    self.logps,
+                    self._max,
+                    self._sum,
+                    self.entropy,
+                    dense(of_logp),
+                    dense(of_entropy),
+                    *self._scalars,
+                    KEPT=kept is not None,
+                    OF_LOGP=of_logp is not None,
+                    ENTROPY=of_entropy is not None,
+                    **self._constants,
+                )
+        return out[:k]

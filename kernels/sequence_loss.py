@@ -1,0 +1,243 @@
+"""A sequence-level objective on the ``[N]`` floats between forward and backward, in one launch.
+
+A program takes a pair of sequences (or one sequence): it sums the perceived log-ratios of its rows,
+evaluates the loss, and writes each row's coefficient. 9 bytes a row are read twice, 4 written:
+nothing beside the rows' logits. The same in torch is some fifty launches, each of them as long.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import dense
+from .policy_loss import perceive
+from .preference_loss import PAIR_KINDS, PER_TOKEN_KINDS, SINGLE_KINDS, pair_loss, single_loss
+
+KINDS = (*PAIR_KINDS, *SINGLE_KINDS)
+# What the batch reports, in this order: the mean loss; of pairs the mean, of single sequences the
+# sum (the chosen are the desirable ones) of the next five; the number of two sorts of rows.
+REPORT = (
+    "loss",
+    "chosen",  # reward: β times the perceived log-ratio of the sequence
+    "rejected",
+    "wins",  # is the chosen reward the higher one; of single sequences, is it desirable
+    "chosen_logps",
+    "rejected_logps",
+    "unclamped",
+    "active_rows",
+)
+
+
+@triton.jit
+def sequence_rows(cu_seqlens_ptr, rows_per_sequence, sequence, PACKED: tl.constexpr):
+    """First row of a sequence, and the row after its last."""
+    if PACKED:
+        start = tl.load(cu_seqlens_ptr + sequence).to(tl.int64)
+        end = tl.load(cu_seqlens_ptr + sequence + 1).to(tl.int64)
+    else:
+        start = sequence.to(tl.int64) * rows_per_sequence
+        end = start + rows_per_sequence
+    return start, end
+
+
+@triton.jit
+def log_ratios(logps_ptr, ref_ptr, mask_ptr, rows, inside):
+    """Log-probs, log-ratios and mask of some rows; 0 where masked."""
+    mask = tl.load(mask_ptr + rows, inside, other=0) != 0
+    logps = tl.load(logps_ptr + rows, mask, other=0.0)
+    return logps, logps - tl.load(ref_ptr + rows, mask, other=0.0), mask
+
+
+@triton.jit
+def sequence_sums(
+    logps_ptr, ref_ptr, mask_ptr, start, end, log_eps_P, log_eps_R, BLOCK: tl.constexpr
+):
+    """Over a sequence's completion rows: sums of c and log-probs; their number; the unclamped."""
+    c_sum = tl.zeros([BLOCK], tl.float32)
+    logp_sum = tl.zeros([BLOCK], tl.float32)
+    length = tl.zeros([BLOCK], tl.float32)
+    unclamped = tl.zeros([BLOCK], tl.float32)
+    for row in range(start, end, BLOCK):
+        rows = row + tl.arange(0, BLOCK)
+        logps, d, mask = log_ratios(logps_ptr, ref_ptr, mask_ptr, rows, rows < end)
+        c, _ = perceive(d, log_eps_P, log_eps_R)
+        c_sum += tl.where(mask, c, 0.0)  # bounds need not bracket 0
+        logp_sum += logps
+        length += tl.where(mask, 1.0, 0.0)
+        unclamped += tl.where(mask & (d > log_eps_P) & (d < log_eps_R), 1.0, 0.0)
+    return tl.sum(c_sum, 0), tl.sum(logp_sum, 0), tl.sum(length, 0), tl.sum(unclamped, 0)
+
+
+@triton.jit
+def write_coefficients(
+    g_ptr,
+    logps_ptr,
+    ref_ptr,
+    mask_ptr,
+    start,
+    end,
+    coefficient,
+    log_eps_P,
+    log_eps_R,
+    BLOCK: tl.constexpr,
+):
+    """The coefficient on each row that kept its gradient; returns how many are not 0."""
+    active = tl.zeros([BLOCK], tl.float32)
+    for row in range(start, end, BLOCK):
+        rows = row + tl.arange(0, BLOCK)
+        inside = rows < end
+        _, d, mask = log_ratios(logps_ptr, ref_ptr, mask_ptr, rows, inside)
+        _, slope = perceive(d, log_eps_P, log_eps_R)
+        g = tl.where(mask, coefficient * slope, 0.0)
+        tl.store(g_ptr + rows, g, inside)
+        active += tl.where(g != 0, 1.0, 0.0)
+    return tl.sum(active, 0)
+
+
+@triton.jit(do_not_specialize=["rows_per_sequence"])
+def _sequence_loss(
+    logps_ptr,
+    ref_ptr,
+    mask_ptr,
+    cu_seqlens_ptr,
+    desirable_ptr,
+    z0_ptr,
+    g_ptr,
+    report_ptr,
+    rows_per_sequence,
+    log_eps_P,
+    log_eps_R,
+    beta,
+    p,
+    q,
+    KIND: tl.constexpr,
+    PAIRED: tl.constexpr,
+    PER_TOKEN: tl.constexpr,
+    PACKED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    unit = tl.program_id(0)
+    units = tl.num_programs(0)
+    start, end = sequence_rows(cu_seqlens_ptr, rows_per_sequence, unit, PACKED)
+    w, w_logps, w_length, unclamped = sequence_sums(
+        logps_ptr, ref_ptr, mask_ptr, start, end, log_eps_P, log_eps_R, BLOCK
+    )
+    if PAIRED:
+        l_start, l_end = sequence_rows(cu_seqlens_ptr, rows_per_sequence, unit + units, PACKED)
+        l, l_logps, l_length, l_unclamped = sequence_sums(
+            logps_ptr, ref_ptr, mask_ptr, l_start, l_end, log_eps_P, log_eps_R, BLOCK
+        )
+        unclamped += l_unclamped
+        w_per = tl.maximum(w_length, 1.0) if PER_TOKEN else 1.0
+        l_per = tl.maximum(l_length, 1.0) if PER_TOKEN else 1.0
+        loss, by_w, by_l = pair_loss(w / w_per, l / l_per, beta, p, KIND)
+        by_w /= w_per
+        wins = tl.where(w > l, 1.0, 0.0)
+        active = write_coefficients(
+            g_ptr,
+            logps_ptr,
+            ref_ptr,
+            mask_ptr,
+            l_start,
+            l_end,
+            by_l / l_per / units,
+            log_eps_P,
+            log_eps_R,
+            BLOCK,
+        )
+    else:
+        desirable = tl.load(desirable_ptr + unit) != 0
+        z0 = tl.load(z0_ptr).to(tl.float32)
+        loss, by_w = single_loss(w, z0, desirable, beta, p, q, KIND)
+        wins = tl.where(desirable, 1.0, 0.0)
+        l = tl.where(desirable, 0.0, w)
+        l_logps = tl.where(desirable, 0.0, w_logps)
+        w = tl.where(desirable, w, 0.0)
+        w_logps = tl.where(desirable, w_logps, 0.0)
+        active = 0.0
+    active += write_coefficients(
+        g_ptr,
+        logps_ptr,
+        ref_ptr,
+        mask_ptr,
+        start,
+        end,
+        by_w / units,
+        log_eps_P,
+        log_eps_R,
+        BLOCK,
+    )
+    share = 1.0 / units if PAIRED else 1.0
+    report_ptr += unit
+    tl.store(report_ptr, loss / units)
+    tl.store(report_ptr + units, share * beta * w)
+    tl.store(report_ptr + 2 * units, share * beta * l)
+    tl.store(report_ptr + 3 * units, share * wins)
+    tl.store(report_ptr + 4 * units, share * w_logps)
+    tl.store(report_ptr + 5 * units, share * l_logps)
+    tl.store(report_ptr + 6 * units, unclamped)
+    tl.store(report_ptr + 7 * units, active)
+
+
+def sequence_loss(
+    logps: Tensor,
+    ref_logps: Tensor,
+    mask: Tensor,
+    *,
+    kind: str,
+    num_sequences: int,
+    cu_seqlens: Tensor | None,
+    log_eps_P: float,
+    log_eps_R: float,
+    beta: float,
+    p: float = 0.0,
+    q: float = 0.0,
+    desirable: Tensor | None = None,
+    z0: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Coefficients of all rows, and what the batch reports.
+
+    Args:
+        logps, ref_logps: float32 ``[N]``.
+        mask: completion rows, bool ``[N]``.
+        kind: one of ``KINDS``.
+        num_sequences: of pairs, the chosen come in the first half. Unless packed, all are of the
+            same number of rows.
+        cu_seqlens: row offsets ``[S+1]`` of packed sequences.
+        beta, p, q: see preference_loss.py.
+        desirable: bool ``[S]``; of kinds on single sequences.
+        z0: the reference point, a scalar; of "kto".
+
+    Returns:
+        ``∂loss/∂logp [N]`` and what REPORT names, ``[8]``; float32.
+    """
+    paired = kind in PAIR_KINDS
+    units = num_sequences // 2 if paired else num_sequences
+    g = torch.zeros_like(logps)
+    report = logps.new_empty(len(REPORT), units)
+    if units:
+        with torch.cuda.device_of(logps):
+            _sequence_loss[(units,)](
+                dense(logps),
+                dense(ref_logps),
+                dense(mask),
+                cu_seqlens,
+                dense(desirable),
+                z0,
+                g,
+                report,
+                logps.numel() // num_sequences,
+                float(log_eps_P),
+                float(log_eps_R),
+                float(beta),
+                float(p),
+                float(q),
+                KIND=kind,
+                PAIRED=paired,
+                PER_TOKEN=kind in PER_TOKEN_KINDS,
+                PACKED=cu_seqlens is not None,
+                BLOCK=1024,
+                num_warps=4,
+            )
+    return g, report.sum(1)

@@ -1,0 +1,70 @@
+"""The model: GEMM counts are the ops' own, memory is what was measured, terms behave."""
+
+from dataclasses import replace
+
+import pytest
+
+from bench.cases import Case
+from bench.measure import Result
+from bench.model import H100, PREDICTED, Device, Layout, calibrated, check, gemms, predict
+from bench.readme import committed
+from bench.run import Results
+
+CASE = Case("grpo", "hidden", 65_536, 4096, 151_936, "bfloat16")
+
+
+@pytest.mark.parametrize(
+    "objective, frozen, fits, active, expected",
+    [  # as counted in tests/ops/test_gemms.py
+        ("grpo", False, False, 1.0, 3),
+        ("grpo", False, False, 0.5, 2),
+        ("grpo", True, False, 0.5, 2),
+        ("dpo", True, False, 1.0, 2),
+        ("dpo", False, True, 0.5, 2),
+        ("dpo", False, False, 0.5, 2.5),
+    ],
+)
+def test_gemms(objective, frozen, fits, active, expected):
+    case = replace(CASE, objective=objective, frozen_head=frozen, active=active)
+    assert gemms(case, "humanline", fits) == expected
+
+
+def test_memory_is_within_a_quarter_of_every_committed_point():
+    points = 0
+    for results in committed():
+        for r in results.results:
+            if r.peer in PREDICTED and r.seconds is not None:
+                device = Device("memory", 1, 1, "cores" in results.environment["device"])
+                measured = r.recorded_peak_bytes or r.peak_bytes
+                predicted = predict(r.case, device, r.peer).bytes
+                assert predicted == pytest.approx(measured, rel=0.25), (r.case.name, r.peer)
+                points += 1
+    assert points
+
+
+def test_its_own_floor_is_predicted_exactly():
+    """A device calibrated from a floor gives that floor back: rates are used as measured."""
+    gemm_case, copy_case = replace(CASE, tokens=64), replace(CASE, entry="logits", tokens=64)
+    results = Results({"device": "GPU"})
+    results.add(Result(gemm_case, "bare GEMMs", seconds=0.5, peak_bytes=1))
+    assert calibrated(results, gemm_case) is None  # no copy yet
+    results.add(Result(copy_case, "bare copy", seconds=0.25, peak_bytes=1))
+    device = calibrated(results, gemm_case)
+    assert predict(gemm_case, device, "bare GEMMs").seconds == pytest.approx(0.5)
+    assert predict(copy_case, device, "bare copy").seconds == pytest.approx(0.25)
+    assert len(check(results)) == 3
+
+
+def test_layouts():
+    one = predict(CASE, H100)
+    assert one.collectives == 0
+    for layout in (Layout(tokens=8), Layout(vocab=8), Layout(tokens=4, vocab=2)):
+        p = predict(CASE, H100, layout=layout)
+        assert p.gemm == pytest.approx(one.gemm / 8) and p.collectives > 0
+    sharded = predict(CASE, H100, layout=Layout(vocab=8))
+    assert sharded.bytes < one.bytes  # an eighth of the head's gradient
+
+
+def test_memory_does_not_grow_with_tokens_beside_hidden_gradients():
+    short, long = (predict(replace(CASE, tokens=n), H100).bytes for n in (2**16, 2**20))
+    assert long - short == (2**20 - 2**16) * 4096 * 2

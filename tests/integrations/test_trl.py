@@ -1,0 +1,212 @@
+"""Options, and what the trainers refuse before anything runs."""
+
+import logging
+
+import datasets
+import pytest
+import torch
+import trl_tiny as tiny
+from transformers import LlamaForCausalLM
+from trl import DPOConfig, SFTConfig, SFTTrainer, TrlParser
+
+import humanline as hl
+from humanline.integrations.trl import (
+    HumanlineDPOConfig,
+    HumanlineDPOTrainer,
+    HumanlineGRPOConfig,
+    HumanlineKTOConfig,
+    HumanlineKTOTrainer,
+    apply_humanline,
+)
+
+CONFIGS = [HumanlineDPOConfig, HumanlineKTOConfig, HumanlineGRPOConfig]
+
+
+def build(folder, data=None, policy=None, config=HumanlineDPOConfig, arguments=(), **options):
+    data = tiny.pairs(4) if data is None else data
+    arguments = dict(arguments)
+    return tiny.build(HumanlineDPOTrainer, config, folder, data, policy, options, **arguments)
+
+
+# Options
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_trl_parser_knows_the_flags(tmp_path, config):
+    flags = "--use_cpu --log_eps_P -0.5 --log_eps_R 0.25 --sync_every 4 --reference adapter"
+    (args,) = TrlParser(config).parse_args_and_config(
+        [*flags.split(), "--no_humanline", "--output_dir", str(tmp_path), "--beta", "0.3"]
+    )
+    assert (args.log_eps_P, args.log_eps_R, args.sync_every) == (-0.5, 0.25, 4)
+    assert (args.reference, args.humanline, args.beta) == ("adapter", False, 0.3)
+    assert args.perception == hl.Clip(-0.5, 0.25)
+    with pytest.raises(SystemExit):
+        TrlParser(config).parse_args_and_config(["--reference", "mirror"])
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_bounds_out_of_order(config):
+    with pytest.raises(ValueError, match="Clip needs log_eps_P <= log_eps_R"):
+        config(use_cpu=True, log_eps_P=0.5, log_eps_R=-0.5)
+
+
+def test_a_config_of_trl_s_means_the_defaults(tmp_path):
+    trainer = build(tmp_path, config=DPOConfig)
+    assert trainer.perception == hl.Clip() and trainer.reference.sync_every == 1
+
+
+def test_the_log_says_what_is_on_once(tmp_path, caplog):
+    with caplog.at_level(logging.INFO, "humanline"):
+        build(tmp_path, sync_every=3, log_eps_R=0.5, max_steps=2).train()
+    (message,) = [r.getMessage() for r in caplog.records if r.name.startswith("humanline")]
+    assert (
+        "Clip(log_eps_P=-1.5, log_eps_R=0.5)" in message
+        and "copy, synced every 3 optimizer steps" in message
+    )
+    assert "humanline's fused head" in message
+
+
+# Contradictions
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"precompute_ref_log_probs": True}, "do not keep. Set precompute_ref_log_probs=False"),
+        ({"sync_ref_model": True}, "humanline syncs before it, see sync_every. Set sync_ref_model"),
+        ({"sync_every": -1}, "sync_every must be 0"),
+        ({"reference": "lookahead", "sync_every": 0}, "sync_every must be positive, got 0"),
+        ({"reference": "lookahead", "eval_strategy": "epoch"}, "no weights to score an evaluation"),
+        ({"reference": "mirror"}, "unknown reference 'mirror'; known: copy, adapter, lookahead"),
+    ],
+)
+def test_contradictory_options(tmp_path, options, message):
+    evaluation = {"eval_dataset": tiny.pairs(2)} if "eval_strategy" in options else {}
+    with pytest.raises(ValueError, match=message):
+        build(tmp_path, arguments=evaluation, **options)
+
+
+def test_contradictions_are_none_without_humanline(tmp_path):
+    build(tmp_path, humanline=False, precompute_ref_log_probs=True)
+
+
+def test_a_lookahead_of_more_than_one_epoch_is_refused_before_the_first_step(tmp_path):
+    trainer = build(tmp_path, reference="lookahead", max_steps=3)  # of 2 an epoch
+    with pytest.raises(ValueError, match=r"trains for one epoch at most: .* this run has 2"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_a_lookahead_cannot_evaluate(tmp_path):
+    trainer = build(tmp_path, reference="lookahead", arguments={"eval_dataset": tiny.pairs(2)})
+    with pytest.raises(ValueError, match="holds no weights to score an evaluation with"):
+        trainer.evaluate()
+
+
+def test_apply_humanline_checks_too(tmp_path):
+    args = SFTConfig(output_dir=str(tmp_path), **tiny.OPTIONS)
+    data = datasets.Dataset.from_dict({"text": ["w1 w2"]})
+    sft = SFTTrainer(tiny.model(), args, train_dataset=data, processing_class=tiny.tokenizer())
+    with pytest.raises(TypeError, match=r"knows DPOTrainer, KTOTrainer, GRPOTrainer .*SFTTrainer"):
+        apply_humanline(sft)
+    with pytest.raises(ValueError, match="precompute_ref_log_probs=True contradicts"):
+        apply_humanline(build(tmp_path, humanline=False, precompute_ref_log_probs=True))
+
+
+# Data
+
+
+def test_missing_columns_are_named_and_a_row_is_shown(tmp_path):
+    data = tiny.pairs(4).rename_column("rejected", "reject")
+    message = r"train_dataset lacks rejected: it needs prompt, chosen, rejected or chosen, rejected"
+    with pytest.raises(ValueError, match=message + r"\. Its first row is \{'prompt': 'w"):
+        build(tmp_path, data)
+    evaluation = {"mine": tiny.pairs(2).remove_columns("chosen")}
+    with pytest.raises(ValueError, match=r"eval_dataset\['mine'\] lacks chosen"):
+        build(tmp_path, arguments={"eval_dataset": evaluation})
+    with pytest.raises(ValueError, match=r"train_dataset lacks label: .*prompt, completion, label"):
+        data = tiny.labelled(4).remove_columns("label")
+        tiny.build(HumanlineKTOTrainer, HumanlineKTOConfig, tmp_path, data)
+
+
+def test_an_empty_dataset(tmp_path):
+    with pytest.raises(ValueError, match="train_dataset is empty"):
+        build(tmp_path, tiny.pairs(4).select([]))
+
+
+def test_chats_need_a_template(tmp_path, monkeypatch):
+    plain = tiny.tokenizer(None)
+    monkeypatch.setattr(tiny, "tokenizer", lambda: plain)
+    rows = [{"role": "user", "content": "w1"}], [{"role": "assistant", "content": "w2"}]
+    data = datasets.Dataset.from_list([{"prompt": rows[0], "chosen": rows[1], "rejected": rows[1]}])
+    with pytest.raises(ValueError, match=r"holds chat messages, .* has no chat template: set .*w1"):
+        build(tmp_path, data)
+
+
+# Models
+
+
+class Headless(LlamaForCausalLM):
+    def get_output_embeddings(self):
+        return None
+
+
+class Bodiless(LlamaForCausalLM):
+    base_model_prefix = "trunk"
+
+
+@pytest.mark.parametrize(
+    ("cls", "found"),
+    [
+        (Headless, r"\(found None\)"),
+        (Bodiless, r"base_model_prefix='trunk', found the model itself"),
+    ],
+)
+def test_no_separable_output_head(tmp_path, cls, found):
+    tiny.model(path=tmp_path / "model")
+    policy = cls.from_pretrained(tmp_path / "model")
+    message = rf"{cls.__name__} has no separable output head: looked for .*{found}"
+    with pytest.raises(ValueError, match=message):
+        build(tmp_path, policy=policy, arguments={"ref_model": tiny.model()})
+
+
+def test_a_reference_model_that_has_no_part(tmp_path):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"])
+    arguments = {"peft_config": config, "ref_model": tiny.model()}
+    with pytest.raises(ValueError, match="begins with the policy as it is, so ref_model has no"):
+        build(tmp_path, arguments=arguments)
+    with pytest.raises(ValueError, match="model is that of a reference with other weights"):
+        build(tmp_path, arguments=arguments, reference="copy")
+
+
+@pytest.mark.parametrize(
+    ("lora", "options", "message"),
+    [
+        ({"use_dora": True}, {}, "with a variant such as DoRA: only plain LoRA can be folded"),
+        ({"lora_dropout": 0.1}, {"disable_dropout": False}, "has dropout 0.1, which cannot be"),
+    ],
+)
+def test_adapters_on_the_head_that_cannot_be_folded(tmp_path, lora, options, message):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["lm_head"], **lora)
+    with pytest.raises(ValueError, match=message):
+        build(tmp_path, arguments={"peft_config": config}, **options)
+
+
+def test_without_humanline_trl_refuses_an_adapter_on_the_head_as_ever(tmp_path):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["lm_head"])
+    build(tmp_path, arguments={"peft_config": config})
+    with pytest.raises(ValueError, match="Applying a PEFT adapter to `lm_head` is not supported"):
+        build(tmp_path, arguments={"peft_config": config}, humanline=False)
+
+
+def test_gradient_checkpointing_and_bfloat16_autocast(tmp_path):
+    """TRL's defaults, which the other tests switch off to be exact."""
+    options = {"gradient_checkpointing": True, "bf16": True, "max_steps": 2}
+    trainer = build(tmp_path, log_eps_P=-0.05, log_eps_R=0.05, **options)
+    trainer.train()
+    rows = trainer.state.log_history
+    assert rows[0]["humanline/unclamped"] == 1 > rows[1]["humanline/unclamped"]
+    assert all(torch.isfinite(p).all() for p in trainer.model.parameters())

@@ -1,0 +1,333 @@
+"""HumanlineGRPOTrainer against TRL's own, against humanline.objectives, and without generation."""
+
+from functools import partial
+
+import datasets
+import pytest
+import torch
+import trl_tiny as tiny
+from torch.testing import assert_close
+from trl import GRPOConfig, GRPOTrainer
+
+import humanline as hl
+from humanline.integrations.trl import (
+    HumanlineGRPOConfig,
+    HumanlineGRPOTrainer,
+    apply_humanline,
+)
+from humanline.objectives.grpo import SHARES
+
+EXACT = {"rtol": 0, "atol": 0}
+CLIP = {"log_eps_P": -0.3, "log_eps_R": 0.2}
+TEMPERATURE = 0.8
+OPTIONS = {
+    "per_device_train_batch_size": 8,
+    "per_device_eval_batch_size": 4,
+    "num_generations": 4,
+    "max_completion_length": 6,
+    "temperature": TEMPERATURE,
+    "beta": 0.04,
+}
+
+
+def reward(completions, **_):
+    """Anything that differs within a group."""
+    return [float(sum(map(ord, str(completion))) % 7) for completion in completions]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("grpo")
+
+
+def build(folder, data=None, cls=HumanlineGRPOTrainer, config=HumanlineGRPOConfig, **options):
+    names = ("eval_dataset", "reward_funcs", "peft_config", "tools")
+    arguments = {name: options.pop(name) for name in names if name in options}
+    data = tiny.groups() if data is None else data
+    return tiny.build(cls, config, folder, data, None, OPTIONS | options, **arguments)
+
+
+def theirs(folder, **options):
+    return build(folder, tiny.prompts(), GRPOTrainer, GRPOConfig, reward_funcs=reward, **options)
+
+
+def ours_without(folder, **options):
+    return build(folder, tiny.prompts(), humanline=False, reward_funcs=reward, **options)
+
+
+@pytest.fixture(scope="module")
+def on(folder):
+    trainer = build(folder, **CLIP)
+    trainer.current_gradient_accumulation_steps = 1
+    tiny.disturb(trainer.model)
+    return trainer
+
+
+@pytest.fixture(scope="module")
+def batch(on):
+    on.model.train()
+    return tiny.batch_of(on)
+
+
+def eager(policy, batch):
+    """Log-probs, mask and entropy of the completions, from the model's own logits."""
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
+    attention = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
+    logits = policy(input_ids=ids, attention_mask=attention).logits[:, :-1]
+    length = batch["completion_ids"].shape[1]
+    logps = (logits[:, -length:] / TEMPERATURE).log_softmax(-1)
+    picked = logps.gather(-1, batch["completion_ids"][..., None]).squeeze(-1)
+    return picked, batch["completion_mask"].bool(), -(logps.exp() * logps).sum(-1)
+
+
+def expected(policy, reference, batch, **options):
+    logps, mask, entropy = eager(policy, batch)
+    with torch.no_grad():
+        ref_logps = eager(reference, batch)[0]
+    options = {"beta": 0.04, "max_completion_length": 6, "perception": hl.Clip(**CLIP)} | options
+    objective = hl.GRPO(**options)
+    normaliser = {"num_items_in_batch": batch["num_items_in_batch"]}
+    advantages = batch["advantages"]
+    return objective.from_logps(
+        logps, ref_logps, mask, advantages=advantages, entropy=entropy, **normaliser
+    )
+
+
+# humanline=False
+
+
+@pytest.mark.parametrize("loss_type", sorted(SHARES))
+def test_off_is_trl_bit_for_bit(folder, loss_type):
+    options = {"loss_type": loss_type, "gradient_accumulation_steps": 2, "max_steps": 2}
+    runs = []
+    for make in (theirs, ours_without):  # each seeds its sampling when it is built
+        trainer = make(folder, **options)
+        trainer.train()
+        runs.append((tiny.history(trainer, without=["step_time"]), tiny.weights(trainer)))
+    assert runs[0][0] == runs[1][0]
+    assert_close(runs[0][1], runs[1][1], **EXACT)
+
+
+# humanline=True: one loss
+
+
+CASES = [(loss_type, level) for loss_type in sorted(SHARES) for level in ("token", "sequence")]
+CASES.remove(("vespo", "sequence"))  # it has sequence weights of its own
+
+
+@pytest.mark.parametrize(("loss_type", "level"), CASES)
+def test_loss_and_gradients_are_the_objective_s(on, batch, loss_type, level):
+    on.loss_type, on.importance_sampling_level = loss_type, level
+    loss, grads, metrics = tiny.loss_and_gradients(on, batch)
+    options = {"loss_type": loss_type, "importance_sampling_level": level}
+    truth, stats = expected(on.model, on.reference.model, batch, **options)
+    truth.backward()
+    assert 0 < stats["humanline/unclamped"] < 1
+    assert_close(loss, truth.detach(), rtol=1e-5, atol=1e-6)
+    assert_close(grads, tiny.gradients(on.model), rtol=1e-4, atol=2e-6)
+    assert stats.keys() - {"humanline/active_rows", "entropy"} <= metrics.keys()
+    for name, value in stats.items():
+        if name in metrics:
+            assert metrics[name] == [pytest.approx(value.item(), rel=1e-4, abs=1e-6)]
+
+
+def test_entropy_bonus_has_its_gradient(on, batch, monkeypatch):
+    monkeypatch.setattr(on, "loss_type", "dapo")
+    monkeypatch.setattr(on, "importance_sampling_level", "token")
+    monkeypatch.setattr(on, "entropy_coef", 0.5)
+    monkeypatch.setattr(on, "_entropy_bonus_enabled", True)
+    loss, grads, _ = tiny.loss_and_gradients(on, batch)
+    truth, _ = expected(on.model, on.reference.model, batch, loss_type="dapo", entropy_coef=0.5)
+    truth.backward()
+    assert_close(loss, truth.detach(), rtol=1e-5, atol=1e-6)
+    assert_close(grads, tiny.gradients(on.model), rtol=1e-4, atol=2e-6)
+
+
+def test_sampling_does_not_score_what_a_sync_makes_stale(on, batch):
+    assert not {"old_per_token_logps", "ref_per_token_logps"} & batch.keys()
+
+
+# Training
+
+
+@pytest.mark.parametrize(("kind", "beta"), [("copy", 0.0), ("copy", 0.04), ("adapter", 0.04)])
+def test_training_is_the_plain_loop(folder, kind, beta):
+    """Accumulated with the token-weighted normaliser. With beta=0 TRL has no reference model."""
+    options = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4, "sync_every": 2}
+    options |= {"loss_type": "dapo", "max_grad_norm": 0.5, "max_steps": 5, "reference": kind}
+    trainer = build(folder, beta=beta, **options, **CLIP)
+    batches = tiny.recorded(trainer)
+    trainer.train()
+    loss_of = partial(expected, loss_type="dapo", beta=beta)
+    policy, _, unclamped = tiny.plain_loop(batches, 2, 2, 0.5, loss_of)
+    assert unclamped < 1
+    assert_close(dict(policy.named_parameters()), tiny.weights(trainer), rtol=1e-4, atol=1e-5)
+
+
+def test_resumed_run_goes_on_bit_for_bit(folder, tmp_path):
+    tiny.check_resuming(partial(build, folder, **CLIP), tmp_path, at=2)
+
+
+def test_lora_on_the_head(folder):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "lm_head"])
+    trainer = build(folder, peft_config=config, loss_type="dapo", **CLIP)
+    trainer.current_gradient_accumulation_steps = 1
+    batch = tiny.batch_of(trainer)
+    before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
+    tiny.disturb(trainer.model)
+    loss, grads, _ = tiny.loss_and_gradients(trainer, batch)
+    after = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
+
+    def at_reference(**inputs):
+        trainer.model.load_state_dict(before, strict=False)
+        output = trainer.model(**inputs)
+        trainer.model.load_state_dict(after, strict=False)
+        return output
+
+    trainer.model.eval()
+    truth, stats = expected(trainer.model, at_reference, batch, loss_type="dapo")
+    assert stats["humanline/unclamped"] < 1
+    assert_close(loss, truth.detach(), rtol=1e-5, atol=1e-6)
+    assert any("lm_head.lora_A" in name and g.abs().max() > 0 for name, g in grads.items())
+
+
+def test_apply_humanline_to_an_instance(folder, batch):
+    options = {"loss_type": "dapo"}
+    ours, applied = build(folder, **options, **CLIP), theirs(folder, **options)
+    apply_humanline(applied, perception=hl.Clip(**CLIP))
+    results = []
+    for trainer in (ours, applied):
+        trainer.current_gradient_accumulation_steps = 1
+        tiny.disturb(trainer.model)
+        results.append(tiny.loss_and_gradients(trainer, batch))
+    assert_close(results[0][0], results[1][0], **EXACT)
+    assert results[0][2]["humanline/unclamped"] == results[1][2]["humanline/unclamped"] != [1.0]
+
+
+# Without generation
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_offline_batches_are_the_dataset_s(folder, chat):
+    data = tiny.groups(chat=chat)
+    trainer = build(folder, data, shuffle_dataset=False)
+    trainer.model.train()
+    batch = tiny.batch_of(trainer)
+    tokens = trainer.processing_class
+    rewards = torch.tensor([row["rewards"] for row in data.select(range(2))])
+    advantages = (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4)
+    found = {}
+    for i, mask in enumerate(batch["completion_mask"].bool()):
+        ids = batch["completion_ids"][i][mask].tolist()
+        prompt = batch["prompt_ids"][i][batch["prompt_mask"][i].bool()]
+        found[tokens.decode(prompt), tokens.decode(ids)] = batch["advantages"][i].item()
+    for row, values in zip(data.select(range(2)), advantages, strict=True):
+        for completion, value in zip(row["completions"], values, strict=True):
+            if chat:
+                prompt = "<user> " + row["prompt"][0]["content"] + " <eos> <assistant>"
+                words = completion[0]["content"].split()
+            else:
+                prompt, words = row["prompt"], completion.split()
+            text = " ".join([*words, "<eos>"][: OPTIONS["max_completion_length"]])
+            assert found[prompt, text] == pytest.approx(value.item(), abs=1e-5)
+    assert batch["num_items_in_batch"] == batch["completion_mask"].sum()
+
+
+def test_offline_run_never_generates(folder, monkeypatch):
+    trainer = build(folder, eval_dataset=tiny.groups(2, seed=5), **CLIP)
+    monkeypatch.setattr(trainer.model, "generate", None)
+    trainer.train()
+    metrics = trainer.evaluate()
+    assert "eval_humanline/unclamped" in trainer.state.log_history[-1]
+    assert metrics["eval_loss"] != 0
+    logged = [row["rewards/dataset_reward/mean"] for row in trainer.state.log_history[:4]]
+    assert len(set(logged)) > 1
+
+
+def test_offline_from_a_stream(folder):
+    """In the order of the dataset: the stream is neither indexed nor counted."""
+    data = tiny.groups()
+    runs = []
+    for source in (data, datasets.IterableDataset.from_generator(lambda: iter(data))):
+        trainer = build(folder, source, shuffle_dataset=False, max_steps=3, **CLIP)
+        trainer.train()
+        runs.append(tiny.weights(trainer))
+    assert_close(runs[1], runs[0], **EXACT)
+
+
+def test_offline_without_humanline(folder):
+    trainer = build(folder, humanline=False, max_steps=2)
+    trainer.train()
+    assert "humanline/unclamped" not in trainer.state.log_history[0]
+
+
+@pytest.mark.parametrize(("every", "iterations"), [(1, 1), (3, 1), (2, 2)])
+def test_generate_every(folder, every, iterations, monkeypatch):
+    options = {"generate_every": every, "gradient_accumulation_steps": 2, "max_steps": 6}
+    options["num_iterations"] = iterations
+    trainer = build(folder, tiny.prompts(12), reward_funcs=reward, **options, **CLIP)
+    at, generate = [], trainer.model.generate
+    monkeypatch.setattr(
+        trainer.model,
+        "generate",
+        lambda *args, **kwargs: at.append(trainer.state.global_step) or generate(*args, **kwargs),
+    )
+    trainer.train()
+    assert at == list(range(0, 6, every))
+
+
+# Bad input
+
+
+def test_generate_every_contradicts(folder):
+    with pytest.raises(ValueError, match="leave out steps_per_generation"):
+        build(folder, generate_every=2, steps_per_generation=4)
+    with pytest.raises(ValueError, match="positive multiple of num_iterations=2, got 3"):
+        build(folder, generate_every=3, num_iterations=2)
+
+
+def broken(**change):
+    columns = tiny.groups(2).to_dict() | change
+    return datasets.Dataset.from_dict({k: v for k, v in columns.items() if v is not None})
+
+
+def test_offline_data_that_does_not_fit(folder):
+    with pytest.raises(ValueError, match=r"train_dataset lacks rewards: .* first row is .*prompt"):
+        build(folder, broken(rewards=None))
+    with pytest.raises(ValueError, match=r"row 1: 4 completions and 3 rewards, .*generations=4"):
+        build(folder, broken(rewards=[[1.0] * 4, [1.0] * 3]))
+    with pytest.raises(ValueError, match=r"row 0: rewards must be finite numbers, got .*nan"):
+        build(folder, broken(rewards=[[1.0, 2.0, float("nan"), 0.0], [1.0] * 4]))
+    with pytest.raises(ValueError, match=r"eval_dataset lacks completions, rewards"):
+        build(folder, eval_dataset=tiny.prompts())
+    with pytest.raises(ValueError, match="nothing is generated: reward_funcs, generate_every"):
+        build(folder, reward_funcs=reward, generate_every=2)
+
+
+def test_chats_need_a_template(folder, monkeypatch):
+    plain = tiny.tokenizer(None)
+    monkeypatch.setattr(tiny, "tokenizer", lambda: plain)
+    with pytest.raises(ValueError, match=r"train_dataset holds chat messages, and .* has no chat"):
+        build(folder, tiny.groups(chat=True))
+
+
+def test_a_template_that_changes_the_prompt(folder, monkeypatch):
+    changing = tiny.tokenizer("{% if add_generation_prompt %}<user> {% endif %}" + tiny.TEMPLATE)
+    monkeypatch.setattr(tiny, "tokenizer", lambda: changing)
+    trainer = build(folder, tiny.groups(chat=True))
+    with pytest.raises(ValueError, match="renders a prompt differently when a completion follows"):
+        trainer.train()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"off_policy_mask_threshold": 0.1}, "drift from the sampler"),
+        ({"sync_ref_model": True}, "syncs after the optimizer step"),
+        ({"reference": "lookahead"}, "makes its own"),
+    ],
+)
+def test_contradictions_are_refused(folder, options, message):
+    with pytest.raises(ValueError, match=message):
+        build(folder, **options)

@@ -1,0 +1,45 @@
+"""Run by test_trl_distributed.py: trains in as many processes as there are; the first saves."""
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+import trl_tiny as tiny
+from transformers import LlamaForCausalLM
+
+from humanline.integrations import trl
+
+CLIP = {"log_eps_P": -0.05, "log_eps_R": 0.05}
+
+
+#: Sequences or pairs of a step, over all processes. With two, a group of GRPO's spans both.
+BATCH_SIZE = {"DPO": 4, "GRPO": 12}
+
+
+def train(folder: Path, method: str, processes: int = 1) -> dict:
+    """Weights, reference and what was logged of a run."""
+    trainer, config = (getattr(trl, f"Humanline{method}{kind}") for kind in ("Trainer", "Config"))
+    options = CLIP | {"per_device_train_batch_size": BATCH_SIZE[method] // processes}
+    if processes > 1:
+        options["ddp_backend"] = "gloo"
+    if method == "GRPO":
+        options |= {"num_generations": 4, "beta": 0.04}
+    data = tiny.groups(8) if method == "GRPO" else tiny.pairs(16)
+    policy = LlamaForCausalLM.from_pretrained(folder / "model")
+    run = tiny.build(trainer, config, folder, data, policy, options)
+    run.train()
+    return {
+        "weights": tiny.weights(run),
+        "reference": dict(run.reference.model.named_parameters()),
+        "unclamped": [row.get("humanline/unclamped") for row in run.state.log_history],
+        "processes": run.accelerator.num_processes,
+    }
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    for method in BATCH_SIZE:
+        result = train(folder, method, int(os.environ["WORLD_SIZE"]))
+        if os.environ["RANK"] == "0":
+            torch.save(result, folder / f"{method}.pt")

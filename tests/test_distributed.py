@@ -1,0 +1,269 @@
+"""Two processes (gloo): references to DDP and FSDP2 models, KTO's reference point, groups."""
+
+import copy
+import time
+import traceback
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from test_reference_kinds import Model, loss_of, make_optimizer, score
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import humanline as hl
+from humanline.reference import REFERENCES, ReferenceCopy
+
+RANKS, SECONDS, STEPS = 2, 60, 6
+
+
+class Wide(Model):
+    """An odd size, which shards unevenly; a buffer that a forward in training mode moves."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(5)
+
+    def forward(self, ids):
+        return super().forward(ids) + self.norm(torch.ones(2, 5).cumsum(0)).sum()
+
+
+class Collectives(TorchDispatchMode):
+    """Within this context, communication is written down."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "c10d" in func.namespace:
+            self.seen.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def make_steps(rank):
+    generator = torch.Generator().manual_seed(rank)
+    return [[torch.randint(0, 11, (4, 6), generator=generator)] * 2 for _ in range(STEPS)]
+
+
+def make_policy():
+    torch.manual_seed(1)
+    return Wide().train()
+
+
+def sharded():
+    policy = make_policy()
+    for part in (policy.embedding, policy.body):
+        fully_shard(part)
+    return fully_shard(policy)
+
+
+def make_reference(kind, policy, sync_every=2):
+    if kind == "copy" and not isinstance(policy, DistributedDataParallel):
+        return ReferenceCopy(policy, score, sync_every, model=sharded())
+    return REFERENCES[kind](policy, score, sync_every)
+
+
+def train(policy, kind, rank):
+    reference, optimizer, losses = make_reference(kind, policy), make_optimizer(policy), []
+    torch.manual_seed(2)
+    for batches, scores in reference.steps(make_steps(rank)):
+        for batch, ref_logps in zip(batches, scores, strict=True):
+            loss = loss_of(policy, batch, ref_logps)
+            loss.backward()
+            losses.append(loss.item())
+        reference.before_step()
+        optimizer.step()
+        optimizer.zero_grad()
+    return losses
+
+
+def transcription(rank, sync_every=2):
+    """The rule in a plain loop on whole weights, gradients averaged by hand."""
+    policy = make_policy()
+    optimizer, ref, losses = make_optimizer(policy), copy.deepcopy(policy).eval(), []
+    torch.manual_seed(2)
+    for step, batches in enumerate(make_steps(rank)):
+        for batch in batches:
+            with torch.no_grad():
+                ref_logps = score(ref, batch)
+            loss = loss_of(policy, batch, ref_logps)
+            loss.backward()
+            losses.append(loss.item())
+        for p in optimizer.param_groups[0]["params"]:
+            if p.grad is not None:
+                dist.all_reduce(p.grad)
+                p.grad /= RANKS
+        if step % sync_every == 0:
+            ref.load_state_dict(policy.state_dict())
+        optimizer.step()
+        optimizer.zero_grad()
+    return losses
+
+
+# What both processes run
+
+
+def ddp(rank):
+    runs = [train(DistributedDataParallel(make_policy()), kind, rank) for kind in REFERENCES]
+    assert runs[0] == runs[1] == runs[2]
+    torch.testing.assert_close(runs[0], transcription(rank), rtol=1e-5, atol=1e-6)
+
+
+def ddp_scores_as_many_batches_as_a_rank_has(rank):
+    """DDP's own forward would wait for the other rank's."""
+    for kind in REFERENCES:
+        reference = make_reference(kind, DistributedDataParallel(make_policy()))
+        with Collectives() as collectives:
+            _, scores = next(reference.steps([make_steps(rank)[0][:1] * (1 + 2 * rank)]))
+        assert len(scores) == 1 + 2 * rank and not collectives.seen
+
+
+def fsdp2(rank):
+    runs = [train(sharded(), kind, rank) for kind in REFERENCES]
+    assert runs[0] == runs[1] == runs[2]
+    torch.testing.assert_close(runs[0], transcription(rank), rtol=1e-5, atol=1e-6)
+
+
+def fsdp2_syncs_without_communication(rank):
+    policy = sharded()
+    with Collectives() as collectives:
+        policy(make_steps(rank)[0][0]).sum().backward()
+    assert any("allgather" in name for name in collectives.seen)  # those of the forward
+    whole = sum(t.nbytes for t in [*make_policy().parameters(), *make_policy().buffers()])
+    for kind in ("copy", "adapter"):
+        reference = make_reference(kind, policy)
+        reference.score(policy, make_steps(rank)[0][0])  # leaves the root's weights gathered
+        with Collectives() as collectives:
+            reference.before_step()
+        assert not collectives.seen
+        assert reference.memory_bytes() < 0.8 * whole  # its shard, and buffers
+
+
+def fsdp2_state(rank):
+    """What a rank saved is put back shard by shard; the policy's own weights stay as they were."""
+    for kind in ("copy", "adapter"):
+        policy = sharded()
+        reference = make_reference(kind, policy)
+        batch = make_steps(rank)[0]
+        saved = copy_of_shards(reference)
+        (before,) = next(reference.steps([batch[:1]]))[1]
+        with torch.no_grad():
+            policy.head.weight.add_(1.0)
+        reference.before_step()
+        (moved,) = next(reference.steps([batch[:1]]))[1]
+        assert not torch.equal(moved, before)
+        with torch.no_grad():
+            assert torch.equal(moved, score(policy.eval(), batch[0]))
+        reference.load_state_dict(saved)
+        (again,) = next(reference.steps([batch[:1]]))[1]
+        assert torch.equal(again, before)
+
+
+def copy_of_shards(reference):
+    state = reference.state_dict()
+    return state | {"weights": {name: t.detach().clone() for name, t in state["weights"].items()}}
+
+
+def fsdp2_of_another_sharding_is_refused(rank):
+    with pytest.raises(ValueError, match=r"weights.*bias \[8\], .* instead of .*bias \[4\]"):
+        ReferenceCopy(sharded(), score, model=make_policy())
+
+
+def kto(rank):
+    """Rank 0 has desirable examples alone, and another number of pairs than rank 1."""
+    desirable = torch.tensor([True, True, True] if rank == 0 else [True, False])
+    ratio = torch.full((len(desirable), 4), 0.3 if rank == 0 else -0.1, requires_grad=True)
+    kl = ratio.detach()[: 2 + rank] * 2
+    zeros, ones = torch.zeros_like(ratio), torch.ones_like(ratio)
+    loss, stats = hl.KTO(perception=hl.Clip(-0.5, 0.5)).from_logps(
+        ratio,
+        zeros,
+        ones,
+        desirable=desirable,
+        kl_logps=kl,
+        kl_ref_logps=zeros[: len(kl)],
+        kl_mask=ones[: len(kl)],
+    )
+    loss.backward()
+    # rank 0: 4 tokens of 0.6, perceived as 0.5; rank 1: 4 of −0.2
+    torch.testing.assert_close(stats["kl"], torch.tensor((2.0 - 0.8) / 2))
+    assert loss.isfinite() and ratio.grad.isfinite().all() and ratio.grad.any()
+
+
+def groups(rank):
+    rewards = torch.tensor([1.0, 0.0, 0.5, 2.0, -1.0, 0.1, 0.1])
+    ids = torch.tensor([3, 3, 5, 5, 3, 8, 8])  # 3 and 8 are on both ranks
+    for border in (6, 2, 0):  # down to a rank without completions
+        own = slice(0, border) if rank == 0 else slice(border, None)
+        for scale in ("group", "batch", "none"):
+            found = hl.group_advantages(rewards[own], ids[own], scale)
+            expected = []
+            for r, i in zip(rewards.double(), ids, strict=True):
+                of = rewards.double()[ids == i]
+                std = {"group": of.std(), "batch": rewards.double().std(), "none": 1.0}[scale]
+                expected.append((r - of.mean()) / (std + 1e-4 * (scale != "none")))
+            torch.testing.assert_close(
+                found, torch.stack(expected).float()[own], rtol=1e-6, atol=1e-7
+            )
+    assert found.numel() == 0 or (found[ids[own] == 8] == 0).all()
+
+
+CHECKS = [
+    ddp,
+    ddp_scores_as_many_batches_as_a_rank_has,
+    fsdp2,
+    fsdp2_syncs_without_communication,
+    fsdp2_state,
+    fsdp2_of_another_sharding_is_refused,
+    kto,
+    groups,
+]
+
+
+def worker(rank, folder):
+    """Every check in turn. After one that failed the ranks may be out of step: stop."""
+    torch.set_num_threads(1)
+    store = dist.FileStore(str(folder / "store"), RANKS)  # no port that another might take
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS)
+    for check in CHECKS:
+        try:
+            check(rank)
+            outcome = "passed"
+        except Exception:
+            outcome = traceback.format_exc()
+        (folder / f"{check.__name__}-{rank}").write_text(outcome)
+        if outcome != "passed":
+            break
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory):
+    """What both processes had to say of each check; processes that hang are killed."""
+    folder = tmp_path_factory.mktemp("ranks")
+    processes = mp.spawn(worker, (folder,), nprocs=RANKS, join=False)
+    deadline = time.monotonic() + SECONDS
+    while not processes.join(timeout=1):
+        if time.monotonic() > deadline or any(
+            path.read_text() not in ("passed", "") for path in folder.glob("*-[01]")
+        ):
+            for process in processes.processes:
+                process.kill()
+            break
+
+    def outcome(check, rank):
+        path = folder / f"{check.__name__}-{rank}"
+        return path.read_text() if path.exists() else f"rank {rank} did not get there"
+
+    return outcome
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_in_two_processes(check, outcomes):
+    failed = [o for o in (outcomes(check, rank) for rank in range(RANKS)) if o != "passed"]
+    if failed:
+        pytest.fail("\n".join(failed), pytrace=False)
