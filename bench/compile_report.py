@@ -21,7 +21,15 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from humanline.kernels import linear_logps, matmul, scale, sequence_loss, token_logps, token_loss
+from humanline.kernels import (
+    head_rows,
+    linear_logps,
+    matmul,
+    scale,
+    sequence_loss,
+    token_logps,
+    token_loss,
+)
 from humanline.kernels.launch import GemmConfig, gemm_config, row_config
 
 TARGETS = {
@@ -36,6 +44,7 @@ INTEGERS = {
     *("row_stride", "rows_per_batch", "batch_stride_rows"),
     *("hidden_stride", "weight_stride", "dz_stride", "out_stride"),
 }
+PLAIN = {"bias_ptr": None, "SOFTCAP": False, "ENTROPY": False}
 # One variant of the fused loss for each combination that changes the code most.
 VARIANTS = {
     "forward": (token_logps._forward, {"ENTROPY": False}),
@@ -46,6 +55,10 @@ VARIANTS = {
     "loss, clipped, KL": (token_loss._token_loss, {"KIND": 0, "PENALTY": 3, "ENTROPY": False}),
     "loss, entropy": (token_loss._token_loss, {"KIND": 0, "PENALTY": 3, "ENTROPY": True}),
     "loss, NLL": (token_loss._token_loss, {"KIND": 3, "PENALTY": 0, "ENTROPY": False}),
+    "block, softmax": (head_rows._softmax, PLAIN),
+    "block, softmax, all": (head_rows._softmax, {"SOFTCAP": True, "ENTROPY": True}),
+    "block, dz": (head_rows._gradient, PLAIN),
+    "block, dz, all": (head_rows._gradient, {"SOFTCAP": True, "ENTROPY": True}),
     "scale": (scale._scale, {"BLOCK": 8192}),
     "pairs": (sequence_loss._sequence_loss, {"KIND": "sigmoid", "PAIRED": True}),
     "sequences": (sequence_loss._sequence_loss, {"KIND": "kto", "PAIRED": False}),
@@ -92,14 +105,15 @@ def compile_variant(name: str, target: str, vocab: int, dtype: str, aligned: boo
     if name in GEMMS:
         return _compile_gemm(name, target, dtype, aligned)
     function, constants = VARIANTS[name]
-    config = row_config(vocab, TORCH_DTYPES[dtype])
+    # Between a head's GEMMs logits are float32, whatever the GEMMs are in.
+    config = row_config(vocab, TORCH_DTYPES["fp32" if "z_ptr" in function.arg_names else dtype])
     warps = config.pop("num_warps")
     if "LANES" not in function.arg_names:
         warps = 8 if name == "scale" else 4
     if TARGETS[target].backend == "hip":
         warps //= 2
     defaults = {"TEMPERATURE_PER_ROW": False, "ON_POLICY": False, **config}
-    defaults |= {"PER_TOKEN": True, "PACKED": True, "BLOCK": 1024}
+    defaults |= {"PER_TOKEN": True, "PACKED": True, "BLOCK": 1024, "KEPT": True, "OF_LOGP": True}
     constants = {**{k: v for k, v in defaults.items() if k in function.arg_names}, **constants}
     types = {a: _type(a, dtype) for a in function.arg_names}
     return _compile(name, target, function, constants, types, aligned, num_warps=warps)
@@ -162,7 +176,7 @@ def _compile(name, target, function, constants: dict, types: dict, aligned: bool
 def _type(argument: str, dtype: str) -> str:
     if argument in ("logits_ptr", "grad_ptr", "x_ptr", "dz_ptr", "hidden_ptr", "out_ptr"):
         return f"*{dtype}"
-    if argument in ("labels_ptr", "index_ptr", "cu_seqlens_ptr"):
+    if argument in ("labels_ptr", "index_ptr", "kept_ptr", "cu_seqlens_ptr"):
         return "*i64"
     if argument == "count_ptr":
         return "*i32"

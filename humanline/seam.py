@@ -72,9 +72,9 @@ class Problem:
 
     def stats(self, evaluation: "Evaluation") -> dict[str, Tensor]:
         """The objective's statistics and the library's own, detached."""
-        rows, coefficients = evaluation.rows, evaluation.coefficients
         if evaluation.stats is not None:
             return evaluation.stats
+        rows, coefficients = evaluation.rows, evaluation.coefficients
         with torch.no_grad():
             rows = Rows(**{f.name: _detach(getattr(rows, f.name)) for f in fields(rows)})
             stats = self.objective.stats(rows, **self.batch)

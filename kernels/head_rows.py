@@ -12,8 +12,15 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import dense, row_config
-from .rows import LOG2E, label_logp, row_entropy, row_statistics, row_value, write_gradient
-from .token_logps import inverse_temperature
+from .rows import (
+    LOG2E,
+    inverse_temperature,
+    label_logp,
+    row_entropy,
+    row_statistics,
+    row_value,
+    write_gradient,
+)
 
 
 @triton.jit

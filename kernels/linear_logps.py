@@ -44,12 +44,12 @@ from .rows import (
     LOG2E,
     add_tile,
     head_options,
+    inverse_temperature,
     logit_gradient,
     merge,
     one_minus_exp,
     row_entropy,
 )
-from .token_logps import inverse_temperature
 
 _MAX_CHUNKS = 64
 _LENGTHS = ["n", "group"]

@@ -29,6 +29,11 @@ def row_value(ptr, row, PRESENT: tl.constexpr, otherwise):
 
 
 @triton.jit
+def inverse_temperature(temperature_ptr, row, PER_ROW: tl.constexpr):
+    return 1.0 / tl.load(temperature_ptr + (row if PER_ROW else 0)).to(tl.float32)
+
+
+@triton.jit
 def tile_columns(LANES: tl.constexpr, PER_LANE: tl.constexpr):
     return tl.arange(0, LANES)[:, None] * PER_LANE + tl.arange(0, PER_LANE)[None, :]
 
@@ -67,6 +72,25 @@ def head_options(z, columns, inside, bias_ptr, logit_scale, logit_softcap, SOFTC
         z = logit_softcap * tanh
         slope = logit_scale * tanh_slope
     return z, slope
+
+
+@triton.jit
+def load_logits(
+    row_ptr,
+    columns,
+    inside,
+    bias_ptr,
+    logit_scale,
+    logit_softcap,
+    SOFTCAP: tl.constexpr,
+    EVICTION: tl.constexpr,
+):
+    """Logits of a row at these columns and their slopes, see head_options; where not ``inside``,
+    they are to be ignored."""
+    z = tl.load(row_ptr + columns, mask=inside, other=float("-inf"), eviction_policy=EVICTION)
+    return head_options(
+        z.to(tl.float32), columns, inside, bias_ptr, logit_scale, logit_softcap, SOFTCAP
+    )
 
 
 @triton.jit
@@ -122,15 +146,10 @@ def row_statistics(
     s = tl.zeros([LANES], tl.float32)
     t = tl.zeros([LANES], tl.float32)
     for start in range(0, V, LANES * PER_LANE):
-        inside = start + columns < V
-        z = tl.load(
-            row_ptr + start + columns,
-            mask=inside,
-            other=float("-inf"),
-            eviction_policy="evict_last",
-        ).to(tl.float32)
-        z, _ = head_options(
-            z, start + columns, inside, bias_ptr, logit_scale, logit_softcap, SOFTCAP
+        at = start + columns
+        inside = at < V
+        z, _ = load_logits(
+            row_ptr, at, inside, bias_ptr, logit_scale, logit_softcap, SOFTCAP, "evict_last"
         )
         z = tl.where(inside, z, float("-inf"))
         m, s, t = add_tile(m, s, t, z, scales, ENTROPY)
@@ -218,19 +237,14 @@ def write_gradient(
     columns = tile_columns(LANES, PER_LANE)
     at_label = g * one_minus_exp(logp)
     for start in range(0, V, LANES * PER_LANE):
-        inside = start + columns < V
-        z = tl.load(
-            row_ptr + start + columns,
-            mask=inside,
-            other=float("-inf"),
-            eviction_policy="evict_first",
-        ).to(tl.float32)
-        z, slope = head_options(
-            z, start + columns, inside, bias_ptr, logit_scale, logit_softcap, SOFTCAP
+        at = start + columns
+        inside = at < V
+        z, slope = load_logits(
+            row_ptr, at, inside, bias_ptr, logit_scale, logit_softcap, SOFTCAP, "evict_first"
         )
         grad = logit_gradient(
             z,
-            start + columns == label,
+            at == label,
             at_label,
             m,
             log2_s,
@@ -241,7 +255,7 @@ def write_gradient(
             ENTROPY,
         )
         grad = (grad * inverse_temperature * slope).to(grad_ptr.dtype.element_ty)
-        tl.store(grad_ptr + start + columns, grad, inside)
+        tl.store(grad_ptr + at, grad, inside)
 
 
 @triton.jit

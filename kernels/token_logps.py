@@ -12,6 +12,7 @@ from torch import Tensor
 from .launch import RowTensor, dense, row_config
 from .rows import (
     LOG2E,
+    inverse_temperature,
     label_logp,
     row_entropy,
     row_offset,
@@ -22,11 +23,6 @@ from .rows import (
 
 # Lengths are not specialised on: a new one must not compile anew.
 _LENGTHS = ["rows_per_batch", "batch_stride_rows"]
-
-
-@triton.jit
-def inverse_temperature(temperature_ptr, row, PER_ROW: tl.constexpr):
-    return 1.0 / tl.load(temperature_ptr + (row if PER_ROW else 0)).to(tl.float32)
 
 
 @triton.jit(do_not_specialize=_LENGTHS)

@@ -16,6 +16,7 @@ from .launch import RowTensor, dense, row_config
 from .policy_loss import KINDS, PENALTIES, policy_loss
 from .rows import (
     LOG2E,
+    inverse_temperature,
     label_logp,
     row_entropy,
     row_offset,
@@ -24,7 +25,6 @@ from .rows import (
     write_gradient,
     write_zeros,
 )
-from .token_logps import inverse_temperature
 
 _LENGTHS = ["rows_per_batch", "batch_stride_rows", "grad_rows_per_batch", "grad_batch_stride_rows"]
 

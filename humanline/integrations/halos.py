@@ -31,7 +31,7 @@ from typing import Any
 
 from torch import Tensor
 
-from humanline.integrations.perceived import perceived_log_ratio
+from humanline.integrations.perceived import perceived_log_ratio, share
 from humanline.objectives import DPO, GRPO, KTO, PPO, SFT, Objective, SimPO, SLiC
 from humanline.perception import Clip, Identity, Perception
 
@@ -103,7 +103,8 @@ def get_sequence_rewards(
 
 def _perceive(config: Any, logps: Tensor, ref_logps: Tensor) -> tuple[Tensor, Tensor]:
     mask = _tokens(logps, ref_logps)
-    return perceived_log_ratio(perception(config), logps, ref_logps, mask)
+    log_ratio, *counts = perceived_log_ratio(perception(config), logps, ref_logps, mask)
+    return log_ratio, share(*counts)
 
 
 def _tokens(logps: Tensor, ref_logps: Tensor) -> Tensor:

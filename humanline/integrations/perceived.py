@@ -8,8 +8,8 @@ from humanline.perception import Perception
 
 def perceived_log_ratio(
     perception: Perception, logps: Tensor, ref_logps: Tensor, mask: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Perceived log-ratios, and the share of completion tokens that kept their gradient.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Perceived log-ratios, and how many of how many completion tokens kept their gradient.
 
     Args:
         perception: how a log-ratio is perceived.
@@ -18,11 +18,15 @@ def perceived_log_ratio(
         mask: completion tokens, same shape, any dtype.
 
     Returns:
-        ``c`` of that shape, 0 where masked, differentiable with respect to ``logps``; and a
-        detached scalar, 0 where there is no completion token.
+        ``c`` of that shape, 0 where masked, differentiable with respect to ``logps``; and two int64
+        scalars, whose ratio is :func:`share`.
     """
     flat = mask.reshape(-1).to(torch.bool)
     d = torch.where(flat, (logps - ref_logps.detach()).reshape(-1), 0)
     c, unclamped = perception.perceive(d, flat)
-    share = (unclamped & flat).sum() / flat.sum().clamp(min=1)
-    return torch.where(flat, c, 0).view(logps.shape), share
+    return torch.where(flat, c, 0).view(logps.shape), (unclamped & flat).sum(), flat.sum()
+
+
+def share(kept: Tensor, tokens: Tensor) -> Tensor:
+    """The unclamped share, 0 where there is no completion token."""
+    return kept / tokens.clamp(min=1)

@@ -20,6 +20,7 @@ from trl.trainer.utils import FusedCausalLMOutput
 
 from humanline.checks import require
 from humanline.integrations import trl_checks as checks
+from humanline.integrations.perceived import perceived_log_ratio, share
 from humanline.integrations.trl_head import fused_head
 from humanline.perception import Perception
 from humanline.reference import Reference
@@ -43,11 +44,8 @@ class HumanlineMixin:
 
     def perceived(self, logps: Tensor, ref_logps: Tensor, mask: Tensor) -> Tensor:
         """Perceived log-ratios ``c``, row-shaped and 0 outside ``mask``; counts the unclamped."""
-        mask = mask.bool()
-        d = torch.where(mask, logps - ref_logps, 0).reshape(-1)
-        c, unclamped = self.perception.perceive(d, mask.reshape(-1))
-        self._unclamped = (unclamped.view_as(mask) & mask).sum(), mask.sum()
-        return torch.where(mask, c.view_as(logps), 0)
+        c, *self._unclamped = perceived_log_ratio(self.perception, logps, ref_logps, mask)
+        return c
 
     @contextmanager
     def _perceiving(self):
@@ -56,8 +54,8 @@ class HumanlineMixin:
         with fused_head(model, entropy_gradient=getattr(self, "_entropy_bonus_enabled", False)):
             yield
         mode = "train" if self.model.training else "eval"
-        kept, tokens = (self.accelerator.gather(x).sum() for x in self._unclamped)
-        self._metrics[mode]["humanline/unclamped"].append((kept / tokens.clamp(min=1)).item())
+        counts = (self.accelerator.gather(x).sum() for x in self._unclamped)
+        self._metrics[mode]["humanline/unclamped"].append(share(*counts).item())
         if mode == "train" and self.is_deepspeed_enabled and self.accelerator.sync_gradients:
             # DeepSpeed steps inside backward(): this is the last moment before it.
             self.reference.before_step()

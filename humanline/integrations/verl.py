@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from humanline.integrations.perceived import perceived_log_ratio
+from humanline.integrations.perceived import perceived_log_ratio, share
 from humanline.perception import Clip, Perception
 
 try:
@@ -60,7 +60,7 @@ def register(perception: Perception, name: str = "humanline") -> None:
         config: Any = None,
         rollout_is_weights: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Any]]:
-        c, unclamped = perceived_log_ratio(perception, log_prob, old_log_prob, response_mask)
+        c, *counts = perceived_log_ratio(perception, log_prob, old_log_prob, response_mask)
         # The vanilla loss sees log-probs only as log_prob − old_log_prob: c and 0 stand for them
         # without rounding anything.
         loss, metrics = get_policy_loss_fn("vanilla")(
@@ -75,7 +75,7 @@ def register(perception: Perception, name: str = "humanline") -> None:
         kl = masked_mean(old_log_prob - log_prob, response_mask)  # as it is, not as perceived
         return loss, metrics | {
             "actor/ppo_kl": kl.detach().item(),
-            "actor/humanline_unclamped": unclamped.item(),
+            "actor/humanline_unclamped": share(*counts).item(),
         }
 
 

@@ -21,7 +21,6 @@ from humanline.ops.softmax import SoftmaxBlock
 # each block reads and writes the whole gradient of the weight.
 CPU_BLOCK_ROWS = 512
 
-
 #: Looks at a block: the indices ``[n]`` of its rows and their logits ``[n, V]``, which it may read
 #: but neither keep nor change.
 Observer = Callable[[Tensor, Tensor], None]
@@ -80,12 +79,9 @@ class TorchBlock:
 class TritonBlock:
     """Two kernels between the GEMMs, see kernels/head_rows.py."""
 
-    def __init__(
-        self, memory, hidden, weight, labels, head: Head, index, with_entropy: bool, observe=None
-    ):
+    def __init__(self, memory, hidden, weight, labels, head: Head, index, with_entropy: bool):
         from humanline.kernels.head_rows import HeadRows
 
-        checks.require(observe is None, 'observe= needs backend="torch", which forms the logits')
         z, self._dz = memory
         self.hidden, self.index, self._kept = hidden[index], index, None
         temperature = head.temperature
@@ -160,10 +156,11 @@ def head_blocks(
     """The rows where ``wanted [N]`` holds, so many at a time.
 
     One workspace serves all blocks: a block ends where the next begins. The number of rows is read
-    from the device.
+    from the device. Only the torch backend has logits to ``observe``.
     """
+    extra = () if observe is None else (observe,)
     blocks = [index for index in wanted.nonzero().squeeze(1).split(rows) if len(index)]
     kind = BLOCKS[backend]
     memory = kind.memory(weight, max(map(len, blocks), default=0))
     for index in blocks:
-        yield kind(memory, hidden, weight, labels, head, index, with_entropy, observe)
+        yield kind(memory, hidden, weight, labels, head, index, with_entropy, *extra)

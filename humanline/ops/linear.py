@@ -10,7 +10,7 @@ gradient times that of a unit one, which the forward forms while it has the logi
 import torch
 from torch import Tensor
 
-from humanline import autograd
+from humanline import autograd, checks
 from humanline.dtypes import compute_dtype
 from humanline.ops.backend import choose_backend
 from humanline.ops.gemms import HeadGradients, hidden_gradient
@@ -63,8 +63,12 @@ def linear_token_logps(
     head = Head(bias, temperature, logit_scale, logit_softcap)
     check_hidden(hidden, weight, labels, head)
     hidden, weight = under_autocast(hidden, weight)
-    if observe is not None and backend is None:
-        backend = "torch"  # the kernels never have the logits as the head's options leave them
+    if observe is not None:  # the kernels never have the logits as the head's options leave them
+        checks.require(
+            backend in (None, "torch"),
+            lambda: f'observe needs backend="torch", which forms the logits; got {backend!r}',
+        )
+        backend = "torch"
     backend = choose_backend(hidden, backend)
     rows = block_rows(weight, head, return_entropy, workspace_bytes, backend)
     logps, entropy = _LinearTokenLogps.apply(
@@ -117,22 +121,12 @@ class _LinearTokenLogps(torch.autograd.Function):
     def forward(
         ctx, hidden, weight, bias, labels, head, with_entropy, observe, rows, backend, unit
     ):
-        blocks = rows, with_entropy, backend
-        wanted = labels != IGNORE_INDEX
+        ctx.unit, ctx.head, ctx.blocks = unit, head, (rows, with_entropy, backend)
+        wanted, dh = labels != IGNORE_INDEX, None
         if backend == "triton" and not unit:
-            ctx.unit, ctx.head, ctx.blocks = unit, head, blocks
-            ctx.save_for_backward(labels, hidden, weight, bias)
-            return _without_logits(hidden, weight, labels, head, wanted, with_entropy)
-        logps = hidden.new_zeros(len(labels), dtype=compute_dtype(weight.dtype))
-        entropy = torch.zeros_like(logps) if with_entropy else None
-        dh = torch.zeros_like(hidden) if unit else None
-        for block in head_blocks(hidden, weight, head, labels, wanted, *blocks, observe):
-            logps[block.index] = block.logps
-            if with_entropy:
-                entropy[block.index] = block.entropy
-            if unit:
-                dh[block.index] = hidden_gradient(block.gradient(), weight).to(dh.dtype)
-        ctx.unit, ctx.head, ctx.blocks = unit, head, blocks
+            logps, entropy = _without_logits(hidden, weight, labels, head, wanted, with_entropy)
+        else:
+            logps, entropy, dh = _by_blocks(ctx, hidden, weight, labels, wanted, observe)
         ctx.save_for_backward(labels, *((dh,) if unit else (hidden, weight, bias)))
         return logps, entropy
 
@@ -145,6 +139,23 @@ class _LinearTokenLogps(torch.autograd.Function):
             return torch.where(active, dh * g[:, None], 0).to(dh.dtype), *[None] * 9
         _, with_entropy, _ = ctx.blocks
         return *_recompute(ctx, Coefficients(g, g_entropy if with_entropy else None)), *[None] * 7
+
+
+def _by_blocks(
+    ctx, hidden: Tensor, weight: Tensor, labels: Tensor, wanted: Tensor, observe: Observer | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Log-probs and entropies of the wanted rows, and unit gradients of hidden if asked for."""
+    _, with_entropy, _ = ctx.blocks
+    logps = hidden.new_zeros(len(labels), dtype=compute_dtype(weight.dtype))
+    entropy = torch.zeros_like(logps) if with_entropy else None
+    dh = torch.zeros_like(hidden) if ctx.unit else None
+    for block in head_blocks(hidden, weight, ctx.head, labels, wanted, *ctx.blocks, observe):
+        logps[block.index] = block.logps
+        if with_entropy:
+            entropy[block.index] = block.entropy
+        if ctx.unit:
+            dh[block.index] = hidden_gradient(block.gradient(), weight).to(dh.dtype)
+    return logps, entropy, dh
 
 
 def _without_logits(

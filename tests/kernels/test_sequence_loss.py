@@ -17,17 +17,9 @@ WITH_KERNEL = [case for case in CASES if case.name not in WITHOUT]
 
 
 @pytest.fixture
-def launches(monkeypatch):
+def launches(count_calls):
     """Counts calls of the kernel."""
-    calls = []
-
-    def counted(*args, **kwargs):
-        calls.append(kwargs["kind"])
-        return original(*args, **kwargs)
-
-    original = kernel.sequence_loss
-    monkeypatch.setattr(kernel, "sequence_loss", counted)
-    return calls
+    return count_calls(kernel, "sequence_loss")
 
 
 def draw(device, sequences=4, length=9, spread=0.4):

@@ -59,17 +59,9 @@ def extras(objective):
 
 
 @pytest.fixture
-def launches(monkeypatch):
+def launches(count_calls):
     """Counts calls of the one-launch kernel."""
-    calls = []
-
-    def counted(*args, **kwargs):
-        calls.append(kwargs["kind"])
-        return original(*args, **kwargs)
-
-    original = kernel.token_loss
-    monkeypatch.setattr(kernel, "token_loss", counted)
-    return calls
+    return count_calls(kernel, "token_loss")
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=identify)

@@ -137,6 +137,13 @@ def test_autocast_runs_the_head_in_its_dtype():
     assert hidden.grad.dtype == weight.grad.dtype == torch.float32
 
 
+def test_an_observer_needs_the_backend_that_forms_logits():
+    hidden, weight = torch.randn(2, 3, H), torch.randn(V, H)
+    labels = torch.randint(0, V, (2, 3))
+    with pytest.raises(ValueError, match=r'observe needs backend="torch".*triton'):
+        hl.linear_token_logps(hidden, weight, labels, observe=print, backend="triton")
+
+
 def test_bfloat16_logps_are_not_rounded_to_bfloat16():
     hidden = torch.randn(4, 8, 64).bfloat16()
     weight = (torch.randn(5000, 64) / 8).bfloat16()
