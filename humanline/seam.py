@@ -62,9 +62,10 @@ class Problem:
         }
 
     @property
-    def token_level(self) -> bool:
-        """Whether a row's coefficient depends on that row alone."""
-        return self.objective.token_level and not self.objective.perception.needs_batch
+    def coupling(self) -> str:
+        """Which rows a row's coefficient depends on: the objective's, or all of the batch if its
+        perception looks at that."""
+        return "batch" if self.objective.perception.needs_batch else self.objective.coupling
 
     def kernel_arguments(self) -> dict[str, Any] | None:
         """Arguments of the one-launch kernel, if the objective exists as a device function."""

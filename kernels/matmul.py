@@ -89,6 +89,7 @@ def _weight_gradient(
     hidden_ptr,
     hidden_stride,
     count_ptr,
+    factor_ptr,
     V,
     H,
     group,
@@ -101,6 +102,8 @@ def _weight_gradient(
     )
     row, column = row_tile * ROWS, column_tile * COLUMNS
     count = tl.load(count_ptr)
+    if count == 0:
+        return
     dw = tl.zeros([ROWS, COLUMNS], tl.float32)
     for k in range(0, count, DEPTH):
         a = load_block(dz_ptr, k, count, row, V, dz_stride, DEPTH, ROWS, False)
@@ -109,6 +112,7 @@ def _weight_gradient(
     rows, columns = row + tl.arange(0, ROWS), column + tl.arange(0, COLUMNS)
     inside = (rows < V)[:, None] & (columns < H)[None, :]
     out = total_ptr + rows.to(tl.int64)[:, None] * H + columns[None, :]
+    dw *= tl.load(factor_ptr)
     tl.store(out, tl.load(out, inside, other=0.0) + dw, inside)
 
 
@@ -163,8 +167,10 @@ def hidden_gradient_(
     return out
 
 
-def add_weight_gradient_(total: Tensor, dz: Tensor, hidden: Tensor, count: Tensor) -> Tensor:
-    """``total += dz[:count]ᵀ @ hidden[:count]``; returns ``total``.
+def add_weight_gradient_(
+    total: Tensor, dz: Tensor, hidden: Tensor, count: Tensor, *, factor: Tensor
+) -> Tensor:
+    """``total += factor · dz[:count]ᵀ @ hidden[:count]``; returns ``total``.
 
     Args:
         total: float32 ``[V, H]``, contiguous.
@@ -172,6 +178,7 @@ def add_weight_gradient_(total: Tensor, dz: Tensor, hidden: Tensor, count: Tenso
         hidden: ``[n, H]``, of the same rows (gathered, and scaled where ``dz`` is not), in the
             dtype of ``dz``, rows contiguous.
         count: int32 scalar on the device. What lies beyond it in dz and hidden is not looked at.
+        factor: float32 scalar on the device.
     """
     config = gemm_config(dz.dtype, gemm_target(dz), columns=128)
     vocab, width = total.shape
@@ -183,6 +190,7 @@ def add_weight_gradient_(total: Tensor, dz: Tensor, hidden: Tensor, count: Tenso
             hidden,
             hidden.stride(0),
             count,
+            factor,
             vocab,
             width,
             8,

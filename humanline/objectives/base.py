@@ -38,8 +38,15 @@ class Objective:
     needs_reference: ClassVar[bool] = True
     #: Whether the entry points compute each row's entropy and hand it to the loss.
     needs_entropy: ClassVar[bool] = False
-    #: Whether a row's gradient depends on that row alone, so that rows may come block by block.
-    token_level: ClassVar[bool] = False
+    #: Which log-probs a row's gradient depends on: its own ("token"), those of its sequence
+    #: ("sequence"), of its pair ("pair": sequences i and i + S/2) or any of the batch's ("batch").
+    #: What is known earlier is computed in fewer passes; "batch" is always right.
+    coupling: ClassVar[str] = "batch"
+
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        if "loss" in vars(cls) and "coupling" not in vars(cls):
+            cls.coupling = "batch"  # whatever the base's loss was, this is another
 
     def __post_init__(self):
         name = type(self).__name__
@@ -197,6 +204,7 @@ class Objective:
         ref_bias: Tensor | None = None,
         workspace_bytes: int = ops.WORKSPACE_BYTES,
         backend: str | None = None,
+        capturable: bool = False,
         **batch: Any,
     ) -> Result:
         """Loss from hidden states and the output head, never holding all logits.
@@ -211,6 +219,8 @@ class Objective:
             ref_hidden, ref_weight, ref_bias: the reference's hidden states ``[B, T, H']`` and head
                 ``[V, H']``, ``[V]``, in place of ``ref_logps``; one GEMM more, no gradient.
             workspace_bytes: bound of the memory for logits.
+            capturable: read nothing back from the device, so that forward and backward can be
+                captured in a CUDA graph; Triton backend only. 1F + 3F·active for any objective.
 
         Returns, raises: see :meth:`from_logps`.
         """
@@ -225,7 +235,7 @@ class Objective:
             )
             problem = self._problem(layout, ref_logps, batch)
             return ops.linear_objective(
-                problem, hidden, weight, labels, head, workspace_bytes, backend
+                problem, hidden, weight, labels, head, workspace_bytes, backend, capturable
             )
         checks.require(
             ref_logps is None and ref_weight is not None,
@@ -248,9 +258,12 @@ class Objective:
                 logit_softcap=logit_softcap,
                 workspace_bytes=workspace_bytes,
                 backend=backend,
+                capturable=capturable,
             )
         problem = replace(problem, ref_logps=ref_logps.reshape(-1))
-        return ops.linear_objective(problem, hidden, weight, labels, head, workspace_bytes, backend)
+        return ops.linear_objective(
+            problem, hidden, weight, labels, head, workspace_bytes, backend, capturable
+        )
 
     def _problem(self, layout: Layout, ref_logps: Tensor | None, batch: dict[str, Any]) -> Problem:
         if ref_logps is not None:
@@ -281,7 +294,7 @@ class TokenObjective(Objective):
     """An objective whose gradient on a row depends on that row alone: subclass it and define
     :meth:`token_loss`. Tensors of the batch come to it as row values."""
 
-    token_level: ClassVar[bool] = True
+    coupling: ClassVar[str] = "token"
 
     def token_loss(self, rows: Rows, **batch: Any) -> Tensor:
         """Each row's share ``[n]`` of the loss; their sum is the loss. Masked rows are ignored.

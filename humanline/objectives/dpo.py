@@ -209,6 +209,11 @@ class DPO(Objective):
             )
 
     @property
+    def coupling(self) -> str:
+        sorts = {"aot", "aot_unpaired"}.intersection(self.loss_types)
+        return "batch" if sorts else "pair"
+
+    @property
     def loss_types(self) -> tuple[str, ...]:
         return (self.loss_type,) if isinstance(self.loss_type, str) else tuple(self.loss_type)
 

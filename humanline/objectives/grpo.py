@@ -195,8 +195,9 @@ class GRPO(PolicyObjective):
             raise ValueError('loss_type "dr_grpo" needs max_completion_length, its constant length')
 
     @property
-    def token_level(self) -> bool:
-        return self.importance_sampling_level == "token" and self.loss_type != "vespo"
+    def coupling(self) -> str:
+        alone = self.importance_sampling_level == "token" and self.loss_type != "vespo"
+        return "token" if alone else "sequence"
 
     def prepare(
         self,

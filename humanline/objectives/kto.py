@@ -1,7 +1,7 @@
 """KTO: a loss on single sequences, each labelled desirable or undesirable."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -39,6 +39,8 @@ class KTO(Objective):
     desirable_weight: float = 1.0
     undesirable_weight: float = 1.0
     loss_type: str = "kto"
+
+    coupling: ClassVar[str] = "sequence"
 
     def __post_init__(self):
         super().__post_init__()

@@ -41,6 +41,8 @@ class SimPO(_ReferenceFreePairs):
     beta: float = 2.0
     gamma: float = 0.5
 
+    coupling: ClassVar[str] = "pair"
+
     def scores(self, rows: Rows) -> tuple[Tensor, Tensor]:
         return (self.beta * rows.mean(rows.logps)).split(rows.num_sequences // 2)
 
@@ -60,6 +62,8 @@ class SLiC(_ReferenceFreePairs):
 
     delta: float = 1.0
     lambda_coef: float = 0.1
+
+    coupling: ClassVar[str] = "pair"
 
     def scores(self, rows: Rows) -> tuple[Tensor, Tensor]:
         return rows.sum(rows.logps).split(rows.num_sequences // 2)

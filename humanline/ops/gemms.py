@@ -58,21 +58,44 @@ def hidden_gradient(dz: Tensor, weight: Tensor) -> Tensor:
     return dz.to(weight.dtype) @ weight
 
 
-def add_weight_gradient_(total: Tensor, dz: Tensor, scale: Tensor, h: Tensor) -> None:
-    """``total += dzᵀ @ (scale·h)``, accumulated in ``total``'s float32 or float64.
+def write_hidden_gradient_(
+    dh: Tensor, dz: Tensor, weight: Tensor, scale: Tensor, index: Tensor, count: Tensor | None
+) -> None:
+    """``dh[index] = scale · (dz @ weight)``, of the first ``count`` rows if that is given."""
+    if count is None:
+        dh[index] = (hidden_gradient(dz, weight) * scale[:, None]).to(dh.dtype)
+    else:
+        from humanline.kernels.matmul import hidden_gradient_
+
+        hidden_gradient_(dh, dz, weight, count, scale=scale, index=index)
+
+
+def add_weight_gradient_(
+    total: Tensor, dz: Tensor, scale: Tensor, h: Tensor, count: Tensor | None = None
+) -> None:
+    """``total += dzᵀ @ (scale·h)``, accumulated in ``total``'s float32 or float64; the sum is over
+    the first ``count`` rows if that is given.
 
     The row scale goes to ``h``, so that ``dz`` stays within [-1, 1], where half precision is best.
     """
     scaled = h.to(total.dtype) * scale[:, None]
-    if not _on_tensor_cores(h):
+    if count is not None:
+        from humanline.kernels.matmul import add_weight_gradient_ as add
+
+        top = _top(scale)
+        add(total, dz, (scaled / top).to(dz.dtype), count, factor=top)
+    elif not _on_tensor_cores(h):
         with _bfloat16_products(h.dtype):
             total.addmm_(dz.T.to(total.dtype), scaled)
     elif h.dtype == torch.bfloat16:
         torch.addmm(total, dz.to(h.dtype).T, scaled.to(h.dtype), out_dtype=total.dtype, out=total)
     else:  # float16 underflows where coefficients are small: bring them to 1 and back
-        top = scale.abs().amax()
-        half = (scaled / top.clamp(min=torch.finfo(top.dtype).tiny)).to(h.dtype)
-        total += torch.mm(dz.to(h.dtype).T, half, out_dtype=total.dtype) * top
+        top = _top(scale)
+        total += torch.mm(dz.to(h.dtype).T, (scaled / top).to(h.dtype), out_dtype=total.dtype) * top
+
+
+def _top(scale: Tensor) -> Tensor:
+    return scale.abs().amax().clamp(min=torch.finfo(scale.dtype).tiny)
 
 
 @dataclass
@@ -92,9 +115,10 @@ class HeadGradients:
             torch.zeros_like(bias, dtype=dtype) if need_bias else None,
         )
 
-    def add(self, dz: Tensor, scale: Tensor, h: Tensor) -> None:
-        """Add a block: ``dz [n, V]``, its rows still to be multiplied by ``scale [n]``."""
+    def add(self, dz: Tensor, scale: Tensor, h: Tensor, count: Tensor | None = None) -> None:
+        """Add a block: ``dz [n, V]``, its rows still to be multiplied by ``scale [n]``; of them
+        the first ``count`` if that is given."""
         if self.weight is not None:
-            add_weight_gradient_(self.weight, dz, scale, h)
+            add_weight_gradient_(self.weight, dz, scale, h, count)
         if self.bias is not None:  # the weight of a hidden state that is always 1
-            add_weight_gradient_(self.bias[:, None], dz, scale, torch.ones_like(h[:, :1]))
+            add_weight_gradient_(self.bias[:, None], dz, scale, torch.ones_like(h[:, :1]), count)

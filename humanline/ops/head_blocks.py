@@ -1,8 +1,9 @@
 """Log-probs of a block of rows from hidden states, and the gradient of its logits, by backend.
 
 A block of either kind has ``index``, its rows; ``hidden``, theirs; ``logps`` and ``entropy`` of
-them; ``keep``, which forgets all rows but some; and ``gradient``, that of the head's product, ready
-for the GEMMs of the backward.
+them; ``keep``, which forgets all rows but some and says which are left in what order; and
+``gradient``, that of the head's product, ready
+for the GEMMs of the backward. ``count`` is None: all its rows matter.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,11 +16,12 @@ from humanline.dtypes import compute_dtype
 from humanline.ops.gemms import form_logits
 from humanline.ops.head import Head
 from humanline.ops.logits import divide_by_temperature
-from humanline.ops.softmax import SoftmaxBlock
+from humanline.ops.softmax import SoftmaxBlock, front_order, to_front_
 
 # On a CPU, more rows gain a block's GEMMs nothing. A GPU takes as many as the workspace holds:
 # each block reads and writes the whole gradient of the weight.
 CPU_BLOCK_ROWS = 512
+TILE_ROWS = 128  # of a GPU's GEMMs
 
 #: Looks at a block: the indices ``[n]`` of its rows and their logits ``[n, V]``, which it may read
 #: but neither keep nor change.
@@ -28,6 +30,8 @@ Observer = Callable[[Tensor, Tensor], None]
 
 class TorchBlock:
     """In the logits' own memory, a pass of torch a step."""
+
+    count = None
 
     def __init__(
         self, memory, hidden, weight, labels, head: Head, index, with_entropy: bool, observe=None
@@ -60,11 +64,13 @@ class TorchBlock:
     def memory(weight: Tensor, rows: int) -> Tensor:
         return weight.new_empty(rows, len(weight), dtype=compute_dtype(weight.dtype))
 
-    def keep(self, kept: Tensor) -> None:
+    def keep(self, active: Tensor) -> Tensor:
+        kept = front_order(active)
         self.hidden, self.index = self.hidden[kept], self.index[kept]
         self._softmax.keep(kept)
         if self._softcap_slope is not None:
-            self._softcap_slope = self._softcap_slope[kept]
+            self._softcap_slope = to_front_(self._softcap_slope, kept)
+        return kept
 
     def gradient(self, of_logp: Tensor | None = None, of_entropy: Tensor | None = None) -> Tensor:
         dz = self._softmax.gradient(of_logp, of_entropy)
@@ -78,6 +84,8 @@ class TorchBlock:
 
 class TritonBlock:
     """Two kernels between the GEMMs, see kernels/head_rows.py."""
+
+    count = None
 
     def __init__(self, memory, hidden, weight, labels, head: Head, index, with_entropy: bool):
         from humanline.kernels.head_rows import HeadRows
@@ -105,8 +113,10 @@ class TritonBlock:
         z = weight.new_empty(rows, len(weight), dtype=torch.float32)
         return z, torch.empty_like(z, dtype=weight.dtype)
 
-    def keep(self, kept: Tensor) -> None:
-        self.hidden, self.index, self._kept = self.hidden[kept], self.index[kept], kept
+    def keep(self, active: Tensor) -> Tensor:
+        kept = self._kept = active.nonzero().squeeze(1)
+        self.hidden, self.index = self.hidden[kept], self.index[kept]
+        return kept
 
     def gradient(self, of_logp: Tensor | None = None, of_entropy: Tensor | None = None) -> Tensor:
         return self._rows.gradient(self._dz, self._kept, of_logp, of_entropy)
@@ -117,16 +127,14 @@ BLOCKS = {"torch": TorchBlock, "triton": TritonBlock}
 
 
 def block_rows(
-    weight: Tensor, head: Head, with_entropy: bool, workspace_bytes: int, backend: str
+    kind: type, weight: Tensor, head: Head, with_entropy: bool, workspace_bytes: int
 ) -> int:
-    """Rows whose logits, with what is made of them, fit the workspace.
-
-    With the torch backend a copy of a block's active rows comes on top where rows drop out.
+    """Rows whose logits, with what a block of that kind makes of them, fit the workspace.
 
     Raises:
         ValueError: not even one row fits.
     """
-    per_row = BLOCKS[backend].bytes_per_row(weight, head, with_entropy)
+    per_row = kind.bytes_per_row(weight, head, with_entropy)
     checks.require(
         workspace_bytes >= per_row,
         lambda: (
@@ -139,28 +147,27 @@ def block_rows(
 
 def comfortable_rows(weight: Tensor, fitting: int) -> int:
     """Rows a block where any number up to ``fitting`` will do."""
-    return min(fitting, CPU_BLOCK_ROWS) if weight.device.type == "cpu" else fitting
+    if weight.device.type == "cpu":
+        return min(fitting, CPU_BLOCK_ROWS)
+    return fitting // TILE_ROWS * TILE_ROWS or fitting
 
 
 def head_blocks(
+    kind: type[Block],
     hidden: Tensor,
     weight: Tensor,
     head: Head,
     labels: Tensor,
-    wanted: Tensor,
-    rows: int,
+    blocks: list[Tensor],
     with_entropy: bool,
-    backend: str,
     observe: Observer | None = None,
 ) -> Iterator[Block]:
-    """The rows where ``wanted [N]`` holds, so many at a time.
+    """Blocks of rows, given by their indices.
 
-    One workspace serves all blocks: a block ends where the next begins. The number of rows is read
-    from the device. Only the torch backend has logits to ``observe``.
+    One workspace serves all blocks: a block ends where the next begins. Only the torch backend has
+    logits to ``observe``.
     """
     extra = () if observe is None else (observe,)
-    blocks = [index for index in wanted.nonzero().squeeze(1).split(rows) if len(index)]
-    kind = BLOCKS[backend]
     memory = kind.memory(weight, max(map(len, blocks), default=0))
     for index in blocks:
         yield kind(memory, hidden, weight, labels, head, index, with_entropy, *extra)

@@ -5,6 +5,9 @@ whose incoming gradient is not 0, and only of those: 1F + 3F·active, F being on
 
 With a frozen head it is 2F, for any loss: the gradient of a row's hidden state is its incoming
 gradient times that of a unit one, which the forward forms while it has the logits.
+
+``capturable`` is 1F + 3F·active always (2F·active with a frozen head or body), the number of active
+rows staying on the device.
 """
 
 import torch
@@ -12,10 +15,18 @@ from torch import Tensor
 
 from humanline import autograd, checks
 from humanline.dtypes import compute_dtype
+from humanline.ops import without_logits
 from humanline.ops.backend import choose_backend
-from humanline.ops.gemms import HeadGradients, hidden_gradient
+from humanline.ops.gemms import HeadGradients, hidden_gradient, write_hidden_gradient_
 from humanline.ops.head import WORKSPACE_BYTES, Head, check_hidden
-from humanline.ops.head_blocks import Observer, block_rows, comfortable_rows, head_blocks
+from humanline.ops.head_blocks import (
+    BLOCKS,
+    Observer,
+    block_rows,
+    comfortable_rows,
+    head_blocks,
+)
+from humanline.ops.row_blocks import split_rows
 from humanline.rows import IGNORE_INDEX
 from humanline.seam import Coefficients
 
@@ -33,6 +44,7 @@ def linear_token_logps(
     observe: Observer | None = None,
     workspace_bytes: int = WORKSPACE_BYTES,
     backend: str | None = None,
+    capturable: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Log-probs of ``labels`` under the head ``softmax((hidden @ weight.T + bias) / temperature)``.
 
@@ -51,6 +63,8 @@ def linear_token_logps(
             gradient: for statistics a trainer logs, which would cost a GEMM of their own.
         workspace_bytes: bound of the memory for logits.
         backend: "triton" or "torch"; None chooses by device.
+        capturable: read nothing back from the device, so that forward and backward can be captured
+            in a CUDA graph; Triton backend only.
 
     Returns:
         ``[...]`` log-probs in nats, float32 (float64 from float64); with ``return_entropy`` a tuple
@@ -58,7 +72,7 @@ def linear_token_logps(
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit; a label outside ``[0, V)`` that is not
-            -100; a workspace that does not hold one row.
+            -100; a workspace that does not hold one row; ``capturable`` on the torch backend.
     """
     head = Head(bias, temperature, logit_scale, logit_softcap)
     check_hidden(hidden, weight, labels, head)
@@ -70,7 +84,11 @@ def linear_token_logps(
         )
         backend = "torch"
     backend = choose_backend(hidden, backend)
-    rows = block_rows(weight, head, return_entropy, workspace_bytes, backend)
+    check_capturable(capturable, backend)
+    unit = _only_hidden_trains(hidden, weight, bias) and not return_entropy and not capturable
+    no_logits = backend == "triton" and not unit
+    kind = without_logits.RecomputedBlock if no_logits else BLOCKS[backend]
+    rows = block_rows(kind, weight, head, return_entropy, workspace_bytes)
     logps, entropy = _LinearTokenLogps.apply(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,
@@ -80,11 +98,20 @@ def linear_token_logps(
         return_entropy,
         observe,
         comfortable_rows(weight, rows),
-        backend,
-        _only_hidden_trains(hidden, weight, bias) and not return_entropy,
+        kind,
+        unit,
+        capturable,
     )
     logps = logps.view(labels.shape)
     return (logps, entropy.view(labels.shape)) if return_entropy else logps
+
+
+def check_capturable(capturable: bool, backend: str) -> None:
+    """Raise ValueError where the number of rows must be read on the host."""
+    checks.require(
+        not capturable or backend == "triton",
+        'capturable needs backend="triton": the torch backend reads the number of rows',
+    )
 
 
 def _only_hidden_trains(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
@@ -119,15 +146,30 @@ class _LinearTokenLogps(torch.autograd.Function):
     @staticmethod
     @autograd.forward
     def forward(
-        ctx, hidden, weight, bias, labels, head, with_entropy, observe, rows, backend, unit
+        ctx,
+        hidden,
+        weight,
+        bias,
+        labels,
+        head,
+        with_entropy,
+        observe,
+        rows,
+        kind,
+        unit,
+        capturable,
     ):
-        ctx.unit, ctx.head, ctx.blocks = unit, head, (rows, with_entropy, backend)
-        wanted, dh = labels != IGNORE_INDEX, None
-        if backend == "triton" and not unit:
-            logps, entropy = _without_logits(hidden, weight, labels, head, wanted, with_entropy)
+        ctx.unit, ctx.head, ctx.rows, ctx.kind = unit, head, rows, kind
+        ctx.with_entropy, ctx.capturable = with_entropy, capturable
+        wanted, dh, kept = labels != IGNORE_INDEX, None, ()
+        if kind is without_logits.RecomputedBlock:
+            kept = without_logits.forward(
+                hidden, weight, labels, head, wanted, with_entropy, capturable
+            )
+            logps, entropy, *_ = kept
         else:
             logps, entropy, dh = _by_blocks(ctx, hidden, weight, labels, wanted, observe)
-        ctx.save_for_backward(labels, *((dh,) if unit else (hidden, weight, bias)))
+        ctx.save_for_backward(labels, *((dh,) if unit else (hidden, weight, bias, *kept)))
         return logps, entropy
 
     @staticmethod
@@ -136,65 +178,49 @@ class _LinearTokenLogps(torch.autograd.Function):
         if ctx.unit:
             labels, dh = ctx.saved_tensors
             active = ((g != 0) & (labels != IGNORE_INDEX))[:, None]
-            return torch.where(active, dh * g[:, None], 0).to(dh.dtype), *[None] * 9
-        _, with_entropy, _ = ctx.blocks
-        return *_recompute(ctx, Coefficients(g, g_entropy if with_entropy else None)), *[None] * 7
+            return torch.where(active, dh * g[:, None], 0).to(dh.dtype), *[None] * 10
+        return *_recompute(ctx, Coefficients(g, g_entropy if ctx.with_entropy else None)), *[
+            None
+        ] * 8
 
 
 def _by_blocks(
     ctx, hidden: Tensor, weight: Tensor, labels: Tensor, wanted: Tensor, observe: Observer | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Log-probs and entropies of the wanted rows, and unit gradients of hidden if asked for."""
-    _, with_entropy, _ = ctx.blocks
     logps = hidden.new_zeros(len(labels), dtype=compute_dtype(weight.dtype))
-    entropy = torch.zeros_like(logps) if with_entropy else None
+    entropy = torch.zeros_like(logps) if ctx.with_entropy else None
     dh = torch.zeros_like(hidden) if ctx.unit else None
-    for block in head_blocks(hidden, weight, ctx.head, labels, wanted, *ctx.blocks, observe):
+    blocks = split_rows(wanted, ctx.rows)
+    for block in head_blocks(
+        ctx.kind, hidden, weight, ctx.head, labels, blocks, ctx.with_entropy, observe
+    ):
         logps[block.index] = block.logps
-        if with_entropy:
+        if ctx.with_entropy:
             entropy[block.index] = block.entropy
         if ctx.unit:
             dh[block.index] = hidden_gradient(block.gradient(), weight).to(dh.dtype)
     return logps, entropy, dh
 
 
-def _without_logits(
-    hidden: Tensor, weight: Tensor, labels: Tensor, head: Head, wanted: Tensor, with_entropy: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Log-probs and entropies of the wanted rows by one kernel, which writes no logits."""
-    from humanline.kernels.linear_logps import linear_logps_forward
-
-    index = wanted.nonzero().squeeze(1)
-    some, some_entropy, _, _ = linear_logps_forward(
-        hidden,
-        weight,
-        labels,
-        bias=head.bias,
-        temperature=head.temperature,
-        logit_scale=head.logit_scale,
-        logit_softcap=head.logit_softcap,
-        with_entropy=with_entropy,
-        index=None if len(index) == len(labels) else index,
-    )
-    logps = hidden.new_zeros(len(labels), dtype=torch.float32).index_copy_(0, index, some)
-    if not with_entropy:
-        return logps, None
-    return logps, torch.zeros_like(logps).index_copy_(0, index, some_entropy)
-
-
 def _recompute(ctx, coefficients: Coefficients) -> tuple[Tensor | None, ...]:
     """Gradients of hidden, weight and bias from the logits of the active rows, formed again."""
-    labels, hidden, weight, bias = ctx.saved_tensors
+    labels, hidden, weight, bias, *kept = ctx.saved_tensors
     need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
+    active = coefficients.active() & (labels != IGNORE_INDEX)
+    inputs = hidden, weight, ctx.head, labels
+    if kept:
+        blocks = without_logits.recomputed_blocks(*inputs, active, kept, ctx.rows, ctx.capturable)
+    else:
+        blocks = head_blocks(ctx.kind, *inputs, split_rows(active, ctx.rows), ctx.with_entropy)
     dh = torch.zeros_like(hidden) if need_hidden else None
     sums = HeadGradients.zeros(weight, bias, need_weight, need_bias)
-    active = coefficients.active() & (labels != IGNORE_INDEX)
-    for block in head_blocks(hidden, weight, ctx.head, labels, active, *ctx.blocks):
+    for block in blocks:
         scale, of_logp, of_entropy = split_scale(coefficients.take(block.index))
         dz = block.gradient(of_logp, of_entropy)
-        sums.add(dz, scale, block.hidden)
+        sums.add(dz, scale, block.hidden, block.count)
         if need_hidden:
-            dh[block.index] = (hidden_gradient(dz, weight) * scale[:, None]).to(dh.dtype)
+            write_hidden_gradient_(dh, dz, weight, scale, block.index, block.count)
     return (
         dh,
         sums.weight.to(weight.dtype) if need_weight else None,

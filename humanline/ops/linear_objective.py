@@ -4,11 +4,13 @@ while the logits are still there.
 | what needs a gradient, what the objective is | GEMMs | how |
 |---|---|---|
 | nothing | 1F | log-probs |
-| token-level, or all rows fit one block | 1F + 2F·active | gradient in the forward, here |
+| rows that depend on one another fit a block | 1F + 2F·active | gradient in the forward, here |
 | else, frozen head, no entropy term | 2F | log-probs, which form dH in the forward |
 | else | 1F + 3F·active | log-probs, which recompute the active rows in the backward |
 
-One F·active less where the head or the body is frozen.
+Rows depend on no other (token-level), on those of their sequence, of their pair, or of the batch
+(``coupling``). One F·active less where the head or the body is frozen. ``capturable``, which must
+not know the number of active rows, always takes the last line.
 """
 
 import torch
@@ -18,12 +20,17 @@ from humanline import autograd
 from humanline.dtypes import compute_dtype
 from humanline.ops.gemms import HeadGradients, hidden_gradient
 from humanline.ops.head import Head
-from humanline.ops.head_blocks import block_rows, comfortable_rows, head_blocks
-from humanline.ops.linear import linear_token_logps, split_scale, under_autocast
+from humanline.ops.head_blocks import BLOCKS, block_rows, comfortable_rows, head_blocks
+from humanline.ops.linear import (
+    check_capturable,
+    linear_token_logps,
+    split_scale,
+    under_autocast,
+)
 from humanline.ops.logits_objective import scaled
+from humanline.ops.row_blocks import blocks_with_gradient
 from humanline.ops.whole_batch import evaluate as evaluate_batch
 from humanline.ops.whole_batch import finish
-from humanline.rows import IGNORE_INDEX
 from humanline.seam import Problem, evaluate
 
 
@@ -35,13 +42,18 @@ def linear_objective(
     head: Head,
     workspace_bytes: int,
     backend: str,
+    capturable: bool,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss and statistics of a problem from ``hidden [..., H]`` and ``weight [V, H]``, checked."""
     with_entropy = problem.objective.needs_entropy
     hidden, weight = under_autocast(hidden, weight)
-    fitting = block_rows(weight, head, with_entropy, workspace_bytes, backend)
-    rows = _rows_with_gradient(problem, hidden, weight, head, labels.numel(), fitting)
-    if rows is not None:
+    check_capturable(capturable, backend)
+    fitting = block_rows(BLOCKS[backend], weight, head, with_entropy, workspace_bytes)
+    blocks = None
+    if _trains(hidden, weight, head.bias) and not capturable:
+        wanted, comfortable = problem.layout.mask, comfortable_rows(weight, fitting)
+        blocks = blocks_with_gradient(problem, wanted, fitting, comfortable)
+    if blocks is not None:
         return _LinearObjective.apply(
             hidden.reshape(-1, hidden.shape[-1]),
             weight,
@@ -49,7 +61,7 @@ def linear_objective(
             labels.reshape(-1),
             head.for_rows(labels),
             problem,
-            rows,
+            blocks,
             backend,
         )
     result = linear_token_logps(
@@ -63,21 +75,14 @@ def linear_objective(
         return_entropy=with_entropy,
         workspace_bytes=workspace_bytes,
         backend=backend,
+        capturable=capturable,
     )
     logps, entropy = result if with_entropy else (result, None)
     return finish(problem, logps, entropy, backend)
 
 
-def _rows_with_gradient(
-    problem: Problem, hidden: Tensor, weight: Tensor, head: Head, rows: int, fitting: int
-) -> int | None:
-    """Rows a block if the gradient is formed in the forward (the table above), else None."""
-    trains = any(x is not None and x.requires_grad for x in (hidden, weight, head.bias))
-    if not (trains and torch.is_grad_enabled()):
-        return None
-    if problem.token_level:
-        return comfortable_rows(weight, fitting)
-    return fitting if rows <= fitting else None
+def _trains(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 class _LinearObjective(torch.autograd.Function):
@@ -85,7 +90,7 @@ class _LinearObjective(torch.autograd.Function):
 
     @staticmethod
     @autograd.forward
-    def forward(ctx, hidden, weight, bias, labels, head, problem, rows, backend):
+    def forward(ctx, hidden, weight, bias, labels, head, problem, blocks, backend):
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         with_entropy = problem.objective.needs_entropy
         sums = HeadGradients.zeros(weight, bias, need_weight, need_bias)
@@ -98,24 +103,22 @@ class _LinearObjective(torch.autograd.Function):
         whole = None
 
         for block in head_blocks(
-            hidden, weight, head, labels, labels != IGNORE_INDEX, rows, with_entropy, backend
+            BLOCKS[backend], hidden, weight, head, labels, blocks, with_entropy
         ):
             logps[block.index] = block.logps
             if with_entropy:
                 entropy[block.index] = block.entropy
-            if problem.token_level:
+            if problem.coupling == "token":
                 coefficients = evaluate(
                     problem, block.logps, block.entropy, block.index
                 ).coefficients
-            else:  # the only block
+            else:  # right for this block's rows, whatever is still missing; at last, for all
                 whole = evaluate_batch(problem, logps, entropy, backend)
                 coefficients = whole.coefficients.take(block.index)
-            kept = coefficients.active().nonzero().squeeze(1)
+            kept = block.keep(coefficients.active())
             if len(kept) == 0:
                 continue
-            if len(kept) < len(block.index):
-                block.keep(kept)
-                coefficients = coefficients.take(kept)
+            coefficients = coefficients.take(kept)
             scale, of_logp, of_entropy = split_scale(coefficients)
             dz = block.gradient(of_logp, of_entropy)
             sums.add(dz, scale, block.hidden)

@@ -31,14 +31,15 @@ def logits_objective(
     # float16 would flush small coefficients to 0 before a loss scale could lift them: there, the
     # backward is another launch, which multiplies by the incoming gradient in float32.
     wanted = torch.is_grad_enabled() and logits.requires_grad and logits.dtype != torch.float16
+    token_level = problem.coupling == "token"
     checks.require(
-        not inplace or problem.token_level or not wanted,
+        not inplace or token_level or not wanted,
         lambda: (
             f"inplace=True needs a token-level objective, whose gradient is formed while the "
             f"logits are at hand; got {problem.objective!r}"
         ),
     )
-    if not wanted or not problem.token_level or torch.compiler.is_compiling():
+    if not wanted or not token_level or torch.compiler.is_compiling():
         return None
     kernel_arguments = problem.kernel_arguments() if backend == "triton" else None
     if backend == "triton" and kernel_arguments is None:

@@ -47,12 +47,13 @@ class SoftmaxBlock:
         p = self._exp / self.row_sum[:, None]
         return torch.special.entr(p, out=p)
 
-    def keep(self, index: Tensor) -> None:
-        """Forget all rows but those in ``index``."""
-        self.labels, self.logps, self._exp = self.labels[index], self.logps[index], self._exp[index]
-        self.row_max, self.row_sum = self.row_max[index], self.row_sum[index]
+    def keep(self, kept: Tensor) -> None:
+        """Forget all rows but ``kept [k]``, which are moved to the front as :func:`to_front_`."""
+        self.labels, self.logps = self.labels[kept], self.logps[kept]
+        self._exp = to_front_(self._exp, kept)
+        self.row_max, self.row_sum = self.row_max[kept], self.row_sum[kept]
         if self.entropy is not None:
-            self.entropy = self.entropy[index]
+            self.entropy = self.entropy[kept]
 
     def gradient(self, of_logp: Tensor | None = None, of_entropy: Tensor | None = None) -> Tensor:
         """Gradient ``[n, V]`` of ``Σ of_logp·logp + of_entropy·entropy``; consumes the block.
@@ -74,3 +75,23 @@ class SoftmaxBlock:
         if entropy_grad is not None:
             grad += entropy_grad
         return grad.scatter_(1, self.labels, at_label)
+
+
+def front_order(active: Tensor) -> Tensor:
+    """The rows where ``active [n]`` holds, in an order that leaves as many as can be in their
+    place: of k rows, the i-th is i wherever row i < k is active."""
+    kept = active.nonzero().squeeze(1)
+    holes = (~active[: len(kept)]).nonzero().squeeze(1)
+    order = torch.arange(len(kept), device=active.device)
+    order[holes] = kept[len(kept) - len(holes) :]
+    return order
+
+
+def to_front_(rows: Tensor, order: Tensor) -> Tensor:
+    """``rows[order]`` for a :func:`front_order`, in the memory of ``rows [n, V]``."""
+    if rows.device.type != "cpu":
+        return rows[order]
+    for place, row in enumerate(order.tolist()):
+        if row != place:
+            rows[place].copy_(rows[row])
+    return rows[: len(order)]

@@ -33,7 +33,9 @@ driver.set_active(NoDevice())
 launch = JITFunction.run
 JITFunction.run = lambda self, *a, grid, warmup, **k: launch(self, *a, grid=grid, warmup=True, **k)
 
-from humanline.kernels import linear_logps, matmul, scale, sequence_loss, token_logps, token_loss
+from humanline.kernels import (
+    head_rows, linear_logps, matmul, scale, sequence_loss, token_logps, token_loss
+)
 
 ROWS = (
     token_logps._forward,
@@ -41,6 +43,8 @@ ROWS = (
     token_loss._token_loss,
     scale._scale,
     sequence_loss._sequence_loss,
+    head_rows._softmax,
+    head_rows._gradient,
 )
 GEMMS = (
     linear_logps._forward,
@@ -94,6 +98,10 @@ def run_rows(batch, length, x, vocab, shifted=False):
         beta=x,
         p=x / 4,
     )
+    z = torch.randn(batch * length, vocab)
+    options = {"bias": z[0], "logit_scale": x, "logit_softcap": 10 * x}
+    block = head_rows.HeadRows(z, labels.view(-1), temperature, **options)
+    block.gradient(z.bfloat16(), torch.arange(len(z)), row)
     return compiled(ROWS)
 
 
@@ -112,7 +120,7 @@ def run_gemms(n, x):
         hidden, weight, labels, *result, of_logp=row, **options
     )
     matmul.hidden_gradient_(hidden, dz, weight, count, scale=row, index=options["index"])
-    matmul.add_weight_gradient_(torch.zeros(320, 64), dz, hidden, count)
+    matmul.add_weight_gradient_(torch.zeros(320, 64), dz, hidden, count, factor=torch.tensor(x))
     return compiled(GEMMS)
 
 
@@ -144,7 +152,7 @@ def compilations(what, vocab=0):
 
 @pytest.mark.parametrize("vocab", [4096, 50257])
 def test_lengths_and_hyperparameters_compile_nothing(vocab):
-    assert compilations("rows", vocab) == [[1] * 5] * 7
+    assert compilations("rows", vocab) == [[1] * 7] * 7
 
 
 def test_numbers_of_rows_and_head_options_compile_nothing():

@@ -70,6 +70,12 @@ def test_token_level_drops_masked_rows_everywhere_and_clipped_rows_from_the_back
     assert count(GRPO, masked=7, far=9, rows_fitting=5, **ADVANTAGES) == (N - 7) + 2 * active
 
 
+PAIR, SEQUENCE = 2 * T, T
+KTO = hl.KTO(perception=hl.Clip(-1, 1))
+GSPO = hl.GRPO(perception=hl.Clip(-1, 1), importance_sampling_level="sequence")
+DESIRABLE = {"desirable": torch.tensor([True, False, True, False]), "z0": 0.1}
+
+
 @pytest.mark.parametrize("objective, kw", [(GRPO, ADVANTAGES), (DPO, {})], ids=["GRPO", "DPO"])
 @pytest.mark.parametrize("rows_fitting", [N, 5])
 def test_a_frozen_head_takes_two(objective, kw, rows_fitting):
@@ -85,9 +91,61 @@ def test_sequence_level_takes_three_where_the_logits_fit():
     assert count(DPO, masked=7, far=9) == (N - 7) + 2 * (N - 7 - 9)
 
 
+@pytest.mark.parametrize(
+    "objective, kw, rows_fitting",
+    [(DPO, {}, PAIR), (DPO, {}, N - 1), (KTO, DESIRABLE, SEQUENCE), (GSPO, ADVANTAGES, SEQUENCE)],
+    ids=["DPO", "DPO-uneven", "KTO", "GSPO"],
+)
+@pytest.mark.parametrize("masked, far", [(0, 0), (7, 9)])
+def test_sequence_level_takes_three_where_those_of_a_group_fit(
+    objective, kw, rows_fitting, masked, far
+):
+    taken = count(objective, rows_fitting=rows_fitting, masked=masked, far=far, **kw)
+    assert taken == (N - masked) + 2 * (N - masked - far)
+
+
+@pytest.mark.parametrize(
+    "objective, kw, rows_fitting",
+    [(DPO, {}, PAIR - 1), (KTO, DESIRABLE, SEQUENCE - 1), (GSPO, ADVANTAGES, SEQUENCE - 1)],
+    ids=["DPO", "KTO", "GSPO"],
+)
 @pytest.mark.parametrize("far", [0, 9])
-def test_sequence_level_recomputes_active_rows_where_they_do_not(far):
-    assert count(DPO, rows_fitting=5, far=far) == N + 3 * (N - far)
+def test_sequence_level_recomputes_active_rows_where_they_do_not(objective, kw, rows_fitting, far):
+    assert count(objective, rows_fitting=rows_fitting, far=far, **kw) == N + 3 * (N - far)
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [hl.DPO(loss_type="aot"), hl.DPO(perception=hl.ProspectWeight())],
+    ids=["loss", "perception"],
+)
+def test_what_looks_at_the_whole_batch_recomputes_unless_that_fits(objective):
+    assert count(objective) == 3 * N
+    assert count(objective, rows_fitting=N - 1) == N + 3 * N
+
+
+def test_packed_pairs_of_uneven_length_go_by_what_is_labelled():
+    lengths = [3, 0, 9, 2, 5, 1]  # pairs of 5, 5 and 10 rows
+    n, ends = sum(lengths), torch.tensor([0, *lengths]).cumsum(0)
+    hidden, weight = torch.randn(n, H, requires_grad=True), torch.randn(V, H, requires_grad=True)
+    labels, ref_logps = torch.randint(0, V, (n,)), torch.full((n,), -4.0)
+    labels[4:7] = -100  # the last pair's: 7 are left
+    grads = []
+    for rows_fitting, rows in [(n, 3 * (n - 3)), (7, 3 * (n - 3)), (6, 4 * (n - 3))]:
+        with GemmRows() as gemms:
+            loss, _ = hl.DPO().from_hidden(
+                hidden,
+                weight,
+                labels,
+                ref_logps,
+                cu_seqlens=ends,
+                workspace_bytes=rows_fitting * ONE_ROW,
+            )
+            grads.append(torch.autograd.grad(loss, (hidden, weight)))
+        assert gemms.rows == rows
+    for some in grads[1:]:
+        for a, b in zip(some, grads[0], strict=True):
+            torch.testing.assert_close(a, b)
 
 
 def test_zero_advantages_and_surrogate_clipping_drop_out_too():
