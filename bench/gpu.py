@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import sys
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -90,24 +91,28 @@ def ops(args: argparse.Namespace) -> bool:
 
 def graphs(args: argparse.Namespace) -> bool:
     """Capture in a CUDA graph, replay on other inputs, compare with the plain run."""
-    names = ("token_logps", "from_logits")
+    names = ("token_logps", "from_logits", "from_hidden")
     if DEVICE == "cpu":
         record = {"check": f"CUDA graphs of {', '.join(names)}", "skipped": "needs a GPU"}
         return _say(args, record)
-    case = Case("grpo", "logits", 256, vocab=LLAMA, dtype="bfloat16")
-    return all([_graph(args, name, case) for name in names])
+    logits = Case("grpo", "logits", 256, vocab=LLAMA, dtype="bfloat16")
+    hidden = replace(logits, entry="hidden", hidden=1024, active=0.5)
+    return all([_graph(args, name, hidden if name == "from_hidden" else logits) for name in names])
 
 
 def _graph(args: argparse.Namespace, name: str, case: Case) -> bool:
     batch, other = inputs(case, DEVICE), inputs(case, DEVICE, seed=1)
 
     def step(b):
+        objective = b.objective.ours
         if name == "token_logps":
             value = hl.token_logps(b.logits, b.labels).sum()
-        else:
-            objective = b.objective.ours
+        elif name == "from_logits":
             value, _ = objective.from_logits(b.logits, b.labels, b.ref_logps, **b.extra)
-        return value.detach(), torch.autograd.grad(value, b.logits)[0]
+        else:
+            rows = b.hidden, b.weight, b.labels, b.ref_logps
+            value, _ = objective.from_hidden(*rows, capturable=True, **b.extra)
+        return value.detach(), *torch.autograd.grad(value, b.leaves)
 
     try:
         side = torch.cuda.Stream()
@@ -119,8 +124,9 @@ def _graph(args: argparse.Namespace, name: str, case: Case) -> bool:
         with torch.cuda.graph(graph):
             captured = step(batch)
         with torch.no_grad():
-            for field in ("logits", "labels", "ref_logps", "advantages"):
-                getattr(batch, field).copy_(getattr(other, field))
+            for field in ("logits", "hidden", "weight", "labels", "ref_logps", "advantages"):
+                if getattr(batch, field) is not None:
+                    getattr(batch, field).copy_(getattr(other, field))
         graph.replay()
         same = all(map(torch.equal, captured, step(other)))
         return _say(args, {"check": f"CUDA graph of {name}", "passed": same})

@@ -13,7 +13,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.cases import Case
+from bench.cases import SEQUENCES, Case
 from bench.peers import OURS
 from bench.report import floor, megabytes, seconds
 from bench.run import Results
@@ -88,10 +88,9 @@ def gemms(case: Case, who: str, fits: bool) -> float:
     if who == "bare GEMMs, active rows":
         return 1 + (1 + head) * case.active
     if who == OURS:
-        if case.frozen_head:
-            return 2
-        by_row = case.objective in ("grpo", "sft")
-        return 1 + (2 if by_row or fits else 3) * case.active
+        if case.objective in ("grpo", "sft") or fits:
+            return 1 + (1 + head) * case.active
+        return 2 if case.frozen_head else 1 + 3 * case.active
     if who in ("TRL ChunkedLogProbFunction", "humanline, log-probs alone"):
         active = case.active if who.startswith(OURS) else 1
         return 2 if who.startswith(OURS) and case.frozen_head else 1 + (2 + head) * active
@@ -144,9 +143,10 @@ def predict(
             _bytes(case, device, who, n, v, 0),
         )
     rows = min(n, workspace / (v * (4 + 4 * (b < 4))))
-    fits = rows >= n
+    group = {"dpo": 2, "kto": 1}.get(case.objective, 0) * n / SEQUENCES  # what hangs together
+    fits = rows >= group
     if device.is_cpu:
-        rows = min(rows, n if case.objective in ("dpo", "kto") and fits else CPU_BLOCK_ROWS)
+        rows = min(rows, max(group, CPU_BLOCK_ROWS) if fits else CPU_BLOCK_ROWS)
     blocks = -(-n // rows)
     weight_passes = 0 if case.frozen_head else 8 * v * h * blocks  # float32 sum, read and written
     time = n * v * logit_bytes(case, who, fits) + (weight_passes if who == OURS else 0)

@@ -1,9 +1,9 @@
 """Log-probs of a block of rows from hidden states, and the gradient of its logits, by backend.
 
 A block of either kind has ``index``, its rows; ``hidden``, theirs; ``logps`` and ``entropy`` of
-them; ``keep``, which forgets all rows but some and says which are left in what order; and
-``gradient``, that of the head's product, ready
-for the GEMMs of the backward. ``count`` is None: all its rows matter.
+them; ``keep``, which forgets all rows but some and says which are left, in what order; and
+``gradient``, that of the head's product, ready for the GEMMs of the backward. ``count`` is None:
+all its rows matter.
 """
 
 from collections.abc import Callable, Iterator

@@ -179,9 +179,8 @@ class _LinearTokenLogps(torch.autograd.Function):
             labels, dh = ctx.saved_tensors
             active = ((g != 0) & (labels != IGNORE_INDEX))[:, None]
             return torch.where(active, dh * g[:, None], 0).to(dh.dtype), *[None] * 10
-        return *_recompute(ctx, Coefficients(g, g_entropy if ctx.with_entropy else None)), *[
-            None
-        ] * 8
+        coefficients = Coefficients(g, g_entropy if ctx.with_entropy else None)
+        return *_recompute(ctx, coefficients), *[None] * 8
 
 
 def _by_blocks(

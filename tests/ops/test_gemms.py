@@ -82,6 +82,11 @@ def test_a_frozen_head_takes_two(objective, kw, rows_fitting):
     assert count(objective, frozen_head=True, rows_fitting=rows_fitting, **kw) == 2 * N
 
 
+@pytest.mark.parametrize("objective, kw", [(GRPO, ADVANTAGES), (DPO, {})], ids=["GRPO", "DPO"])
+def test_with_a_frozen_head_rows_drop_out_too(objective, kw):
+    assert count(objective, frozen_head=True, far=9, **kw) == N + (N - 9)
+
+
 def test_a_frozen_body_takes_two():
     assert count(GRPO, frozen_body=True, **ADVANTAGES) == 2 * N
 
