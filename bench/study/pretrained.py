@@ -1,0 +1,262 @@
+"""The claim on a pretrained model: `humanline train`'s model and task, offline, humanline, online.
+
+    python -m bench.study.pretrained     writes results/pretrained.jsonl, then PRETRAINED.md
+
+Every run is a line, written as it ends: after an interruption the same command goes on with the
+runs that are missing. About two minutes a run on two cores; rules and rates are in pretrained.json.
+"""
+
+import json
+import random
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from bench.study.analyse import interval, shown, table
+from bench.study.run import HERE, RESULTS, read_results, recipe
+from humanline.reference import REFERENCES
+from humanline.training import arithmetic, data, evaluate, examples, score
+from humanline.training.config import TrainConfig
+from humanline.training.model import load_model, load_tokenizer, model_folder
+from humanline.training.run import learning_rate
+
+CONFIG, LINES, REPORT = HERE / "pretrained.json", RESULTS / "pretrained.jsonl", "PRETRAINED.md"
+ARMS = {
+    "offline": {"perception": "none", "sync_every": 0},
+    "humanline": {"perception": "clip", "sync_every": 1},
+    "online": {"perception": "none", "sync_every": 0},
+}
+CPU = torch.device("cpu")
+
+
+# Data
+
+
+def read_rows() -> list[dict[str, Any]]:
+    """The rows of the default data, with the answers that an online arm needs."""
+    return [json.loads(line) for line in data.DEFAULT_TRAIN.read_text("utf-8").splitlines()]
+
+
+def tuning_questions(count: int) -> list[data.Question]:
+    """Questions of the same kind that neither file of the default data has."""
+    taken = {frozenset(arithmetic.EXAMPLE[0].split(", "))}
+    for path in (data.DEFAULT_TRAIN, data.DEFAULT_HELDOUT):
+        for line in path.read_text("utf-8").splitlines():
+            taken.add(frozenset(json.loads(line)["prompt"][-1]["content"].split(", ")))
+    draw, questions = random.Random(0), []
+    while len(questions) < count:
+        numbers = [str(n) for n in draw.sample(range(10, 100), 3)]
+        if frozenset(numbers) not in taken:
+            taken.add(frozenset(numbers))
+            prompt = arithmetic.make_prompt(numbers)
+            questions.append(data.Question(prompt, max(numbers, key=int), "drawn"))
+    return questions
+
+
+def sampled_steps(
+    policy: nn.Module, tokenizer: examples.Tokenizer, options: TrainConfig, task: dict, cost: dict
+) -> Iterator[list[examples.Batch]]:
+    """The batch of each step, sampled when it is asked for from the policy as it then stands."""
+    rows, size = read_rows(), options.per_device_train_batch_size
+    pad = tokenizer.tokenizer.pad_token_id
+    draws = torch.Generator().manual_seed(options.seed + 1)
+    order = torch.Generator().manual_seed(options.seed)
+    waiting: list[int] = []
+    while True:
+        units: list[examples.Unit] = []
+        while len(units) < size:
+            waiting = waiting or torch.randperm(len(rows), generator=order).tolist()
+            row = rows[waiting.pop()]
+            policy.eval()
+            [completions] = arithmetic.sample_batch(
+                policy, tokenizer.tokenizer, [row["prompt"]], generator=draws, **task
+            )
+            policy.train()
+            cost["sampled"] += len(completions)
+            texts = arithmetic.kept_texts(tokenizer.tokenizer, completions)
+            row = arithmetic.make_row(row, texts)
+            if row is not None:
+                example = data.Example(
+                    row["prompt"], tuple(row["completions"]), tuple(row["rewards"]), "sampled"
+                )
+                dataset = data.Dataset("rewards", [example])
+                groups, _ = examples.make_units(dataset, tokenizer, options)
+                units += [unit for group in groups for unit in group]
+        batch = examples.collate(units[:size], options.objective, pad)
+        if options.objective == "grpo":
+            batch = replace(batch, extra=batch.extra | {"old_logps": "policy"})
+        yield [batch]
+
+
+# Runs
+
+
+def execute(
+    objective: str, arm: str, seed: int, lr: float, questions: list, config: dict[str, Any]
+) -> dict[str, Any]:
+    """Train as the arm says; what came of it, as a JSON object."""
+    options = TrainConfig(
+        objective=objective, learning_rate=lr, seed=seed, **ARMS[arm], **config["training"]
+    )
+    folder = model_folder(options)
+    tokenizer = load_tokenizer(folder)
+    torch.manual_seed(seed)
+    policy = load_model(folder, options, CPU)
+    cost, start = {"sampled": 0}, time.perf_counter()
+    if arm == "online":
+        task = {name: config["task"][name] for name in ("samples", "max_new_tokens")}
+        steps = sampled_steps(policy, tokenizer, options, task, cost)
+    else:
+        dataset = data.read_examples(data.DEFAULT_TRAIN)
+        groups, _ = examples.make_units(dataset, tokenizer, options)
+        steps = examples.optimizer_steps(groups, options, tokenizer.tokenizer.pad_token_id)
+    unclamped = train(policy, options, steps)
+    seconds = time.perf_counter() - start
+    measured = evaluate.answers(questions, tokenizer, options)(policy, None)
+    return {
+        "objective": objective,
+        "arm": arm,
+        "seed": seed,
+        "lr": lr,
+        "recipe": recipe(config),
+        "accuracy": measured["accuracy"],
+        "n": measured["n"],
+        "unclamped": round(sum(unclamped) / len(unclamped), 4),
+        "seconds": round(seconds, 1),
+        **cost,
+    }
+
+
+def train(policy: nn.Module, options: TrainConfig, steps: Iterator) -> list[float]:
+    """Train in place; the unclamped fraction of every step."""
+    objective = score.make_objective(options)
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=options.learning_rate, weight_decay=0.0)
+    reference = REFERENCES[options.reference](policy, score.reference_scores, options.sync_every)
+    unclamped = []
+    for step, (batches, scores) in zip(
+        range(options.max_steps), reference.steps(steps), strict=False
+    ):
+        for batch, of_reference in zip(batches, scores, strict=True):
+            loss, stats = score.loss(objective, policy, batch, of_reference, batches)
+            loss.backward()
+            unclamped.append(float(stats["humanline/unclamped"]))
+        nn.utils.clip_grad_norm_(trained, options.max_grad_norm)
+        reference.before_step()
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(options, step)
+        optimizer.step()
+        optimizer.zero_grad()
+    return unclamped
+
+
+def run_all(config: dict[str, Any]) -> dict[tuple, dict[str, Any]]:
+    """All runs, those that are missing added to the file; by objective, arm, seed and rate."""
+    LINES.parent.mkdir(exist_ok=True)
+    done = {key(r): r for r in read_results(LINES, config)}
+    LINES.write_text("".join(json.dumps(r) + "\n" for r in done.values()), encoding="utf-8")
+    tuning, heldout = config["tuning"], data.read_questions(data.DEFAULT_HELDOUT)
+    total = len(config["objectives"]) * len(ARMS) * (len(tuning["lrs"]) + len(config["seeds"]))
+    with tqdm(total=total, initial=len(done), unit="run") as bar:
+
+        def run(*name, questions):
+            if name not in done:
+                done[name] = execute(*name, questions, config)
+                with LINES.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(done[name]) + "\n")
+                bar.update()
+
+        for objective in config["objectives"]:
+            for arm in ARMS:
+                for lr in tuning["lrs"]:
+                    questions = tuning_questions(tuning["questions"])
+                    run(objective, arm, tuning["seed"], lr, questions=questions)
+            for seed in config["seeds"]:
+                for arm in ARMS:
+                    lr = best_rate(done, config, objective, arm)
+                    run(objective, arm, seed, lr, questions=heldout)
+    return done
+
+
+def key(result: dict[str, Any]) -> tuple:
+    return tuple(result[name] for name in ("objective", "arm", "seed", "lr"))
+
+
+def best_rate(done: dict, config: dict[str, Any], objective: str, arm: str) -> float:
+    """By the rule in the configuration."""
+    tuning = config["tuning"]
+    return max(
+        sorted(tuning["lrs"]),
+        key=lambda lr: done[objective, arm, tuning["seed"], lr]["accuracy"],
+    )
+
+
+# The report
+
+
+def report(done: dict[tuple, dict[str, Any]], config: dict[str, Any]) -> str:
+    """PRETRAINED.md."""
+    seeds = config["seeds"]
+    parts = [
+        "# On a pretrained model",
+        "Generated by `python -m bench.study.pretrained` from `results/pretrained.jsonl`; the "
+        "rules are in `pretrained.json`.",
+        f"SmolLM2-135M-Instruct, all weights, {config['training']['max_steps']} steps of 8 "
+        f"sequences, {len(seeds)} seeds. {config['rules']['measure'].capitalize()}. ± is half a "
+        "95 % interval over seeds.",
+    ]
+    for objective in config["objectives"]:
+        parts += [f"## {objective.upper()}", *_section(objective, done, config)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _section(objective: str, done: dict[tuple, dict[str, Any]], config: dict) -> list[str]:
+    seeds, tuning = config["seeds"], config["tuning"]
+    values, rows, rates = {}, [], []
+    for arm in ARMS:
+        lr = best_rate(done, config, objective, arm)
+        runs = [done[objective, arm, seed, lr] for seed in seeds]
+        values[arm] = [r["accuracy"] for r in runs]
+        at_an_end = lr in (min(tuning["lrs"]), max(tuning["lrs"]))
+
+        def mean(name, runs=runs):
+            return sum(r[name] for r in runs) / len(runs)
+
+        rows.append(
+            [
+                arm,
+                f"{lr:g}" + (" (an end of the list)" if at_an_end else ""),
+                shown(*interval(values[arm])),
+                ", ".join(f"{v:.3f}" for v in values[arm]),
+                f"{1 - mean('unclamped'):.1%}",
+                f"{mean('sampled'):.0f}",
+                f"{mean('seconds'):.0f} s",
+            ]
+        )
+        tried = [done[objective, arm, tuning["seed"], x]["accuracy"] for x in tuning["lrs"]]
+        rates.append([arm, *(f"{x:.3f}" for x in tried)])
+    head = ["", "rate", "right", "by seed", "clipped tokens", "sampled", "a run"]
+    contrasts = []
+    for other in ("offline", "online"):
+        d = [a - b for a, b in zip(values["humanline"], values[other], strict=True)]
+        contrasts.append(f"humanline − {other}: {shown(*interval(d), '+')}")
+    return [
+        table(head, rows),
+        f"Paired by seed, {'; '.join(contrasts)}.",
+        table([f"tuning, seed {tuning['seed']}", *(f"{x:g}" for x in tuning["lrs"])], rates),
+    ]
+
+
+def main() -> None:
+    config = json.loads(CONFIG.read_text(encoding="utf-8"))
+    done = run_all(config)
+    (HERE / REPORT).write_text(report(done, config), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
