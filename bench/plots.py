@@ -63,13 +63,25 @@ def _points(members: list[Result], field: str, value: Callable[[Result], float |
     return points
 
 
-def _lines(path: Path, title: str, points: Points, x: str, y: str, log: str = "xy") -> Path:
+def _lines(
+    path: Path,
+    title: str,
+    points: Points,
+    x: str,
+    y: str,
+    log: str = "xy",
+    only_line: str | None = None,
+) -> Path:
+    """``only_line``: the one name whose points are joined; all are if None."""
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
         others = [name for name in points if name not in PREFERRED]
         for name, line in points.items():
             index = others.index(name) if name in others else 0
-            axes.plot(*zip(*line, strict=True), label=name, **_style(name, index))
+            style = _style(name, index)
+            if only_line not in (None, name):
+                style["linestyle"] = "none"
+            axes.plot(*zip(*line, strict=True), label=name, **style)
         if "x" in log:
             axes.set_xscale("log", base=2)
         if "y" in log:
@@ -134,22 +146,26 @@ def scale(results: Results):
 
 def roofline(results: Results):
     """What each peer attains of the floors' rates, at the arithmetic it has to do."""
-    points: Points = {}
-    for r in results.results:
-        device = r.seconds and calibrated(results, r.case)
-        if not device or r.peer not in PREDICTED or r.case.entry == "logits":
-            continue
-        case = r.case
-        flops = gemms(case, "bare GEMMs", True) * 2 * case.tokens * case.hidden * case.vocab
-        moved = case.tokens * case.vocab * max(logit_bytes(case, r.peer, True), 1)
-        points.setdefault(r.peer, []).append((flops / moved, flops / r.seconds))
-    if points:
-        fastest = max(
-            (d for r in results.results if (d := calibrated(results, r.case))), key=lambda d: d.gemm
-        )
-        points["bare rates"] = [(x, min(fastest.gemm, x * fastest.copy)) for x in (1, 10, 1e2, 1e4)]
-        axes = ("FLOP a byte of logits moved", "FLOP/s", "xy")
-        yield "roofline", f"Roofline, {results.environment['device']}", points, axes
+    for dtype in dict.fromkeys(r.case.dtype for r in results.results):
+        points: Points = {}
+        for r in results.results:
+            case, device = r.case, r.seconds and calibrated(results, r.case)
+            if not device or case.dtype != dtype or case.entry == "logits":
+                continue
+            if r.peer not in PREDICTED or r.peer.startswith("bare"):
+                continue
+            needed = gemms(case, "bare GEMMs, active rows", True)
+            flops = needed * 2 * case.tokens * case.hidden * case.vocab
+            moved = case.tokens * case.vocab * logit_bytes(case, r.peer, True)
+            points.setdefault(r.peer, []).append((flops / moved, flops / r.seconds))
+            floors = device
+        if points:
+            ridge = floors.gemm / floors.copy
+            roof = [(x, min(floors.gemm, x * floors.copy)) for x in (ridge / 9, ridge, 9 * ridge)]
+            points["bare rates"] = roof
+            axes = ("FLOP a byte of logits moved", "FLOP/s", "xy", "bare rates")
+            title = f"Roofline, {dtype}, {results.environment['device']}"
+            yield f"roofline-{dtype}", title, points, axes
 
 
 def memory_at_scale():
