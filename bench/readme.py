@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from bench import model
+from bench.cases import SUITES
 from bench.measure import Result
 from bench.peers import OURS
 from bench.report import find, megabytes, seconds
@@ -31,12 +32,14 @@ def _on(gpu: bool) -> list[Results]:
 
 def cpu() -> str:
     found = _on(gpu=False)
-    return "\n".join(_measured(r) for r in found) if found else "On a CPU nothing is committed."
+    return (
+        "\n".join(_measured(r, "cpu") for r in found) if found else "On a CPU nothing is committed."
+    )
 
 
 def gpu() -> str:
     found = _on(gpu=True)
-    return "\n".join(_measured(r) for r in found) if found else NO_GPU
+    return "\n".join(_measured(r, "gpu") for r in found) if found else NO_GPU
 
 
 def scale() -> str:
@@ -46,8 +49,8 @@ def scale() -> str:
 BLOCKS = {"cpu": cpu, "gpu": gpu, "scale": scale}
 
 
-def _measured(results: Results) -> str:
-    """A line on what and where, then a table for each shape, dtype and share of active rows."""
+def _measured(results: Results, suite: str) -> str:
+    """A line on what and where, then a table for each case of a suite; sweeps are plots."""
     e = results.environment
     path = results.path.relative_to(ROOT)
     lines = [
@@ -55,7 +58,7 @@ def _measured(results: Results) -> str:
         f"(`humanline bench --show {path}`). Memory is what a process takes beside its inputs, "
         "gradients included; error is the gradient's, relative, from float64:"
     ]
-    for case in results.cases:
+    for case in (c for c in results.cases if c in SUITES[suite]):
         lines += ["", f"`{case.name}`", "", "| | time | memory | error |", "|---|---|---|---|"]
         lines += [_row(r) for r in results.of(case) if r.seconds is not None]
         if find(results.of(case), OURS) is None:
