@@ -50,28 +50,35 @@ BLOCKS = {"cpu": cpu, "gpu": gpu, "scale": scale}
 
 
 def _measured(results: Results, suite: str) -> str:
-    """A line on what and where, then a table for each case of a suite; sweeps are plots."""
+    """A line on what and where, then a table for each entry point: a suite's cases by the peers
+    that ran them. Sweeps are plots."""
     e = results.environment
     path = results.path.relative_to(ROOT)
     lines = [
         f"Measured, forward + backward, torch {e['torch'].split('+')[0]}, {e['device']} "
-        f"(`humanline bench --show {path}`). Memory is what a process takes beside its inputs, "
-        "gradients included; error is the gradient's, relative, from float64:"
+        f"(`humanline bench --show {path}`): time; memory, what a process takes beside its inputs, "
+        "gradients included; error of the gradient, relative, from float64."
     ]
-    for case in (c for c in results.cases if c in SUITES[suite]):
-        lines += ["", f"`{case.name}`", "", "| | time | memory | error |", "|---|---|---|---|"]
-        lines += [_row(r) for r in results.of(case) if r.seconds is not None]
-        if find(results.of(case), OURS) is None:
-            lines.append(f"| {OURS} | not measured | | |")
+    cases = [c for c in results.cases if c in SUITES[suite]]
+    for entry in dict.fromkeys(c.entry for c in cases):
+        rows = {c: results.of(c) for c in cases if c.entry == entry}
+        ran = dict.fromkeys(r.peer for of_case in rows.values() for r in of_case if r.seconds)
+        peers = sorted(ran, key=lambda name: name != OURS)
+        lines += ["", f"| from {entry} | {' | '.join(peers)} |", "|---" * (1 + len(peers)) + "|"]
+        for case, of_case in rows.items():
+            cells = [_cell(find(of_case, peer)) for peer in peers]
+            lines.append(f"| {case.name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _row(r: Result) -> str:
-    error = "—" if r.gradient_error is None else f"{r.gradient_error:.1e}"
-    cells = [seconds(r.seconds), megabytes(r.peak_bytes), error]
-    if r.peer == OURS:
-        cells = [f"**{c}**" if c != "—" else c for c in cells]
-    return f"| {r.peer} | {' | '.join(cells)} |"
+def _cell(r: Result | None) -> str:
+    if r is None:
+        return "—"
+    lines = [f"**{seconds(r.seconds)}**" if r.peer == OURS else seconds(r.seconds)]
+    lines.append(megabytes(r.peak_bytes))
+    if r.gradient_error is not None:
+        lines.append(f"{r.gradient_error:.1e}")
+    return "<br>".join(lines)
 
 
 def generated(text: str) -> str:

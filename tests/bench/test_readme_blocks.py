@@ -17,7 +17,7 @@ def test_tables_are_those_of_the_results():
 
 def test_a_changed_digit_is_noticed():
     (cpu,) = (m for m in readme.BLOCK.finditer(TEXT) if m[2] == "cpu")
-    digit = cpu.start(3) + cpu[3].index(" s |") - 1
+    digit = cpu.start(3) + cpu[3].index(" s<br>") - 1
     changed = TEXT[:digit] + str((int(TEXT[digit]) + 1) % 10) + TEXT[digit + 1 :]
     assert readme.generated(changed) == TEXT != changed
 
