@@ -169,15 +169,17 @@ def lora_policy():
     return peft.get_peft_model(model, config).train()
 
 
-@pytest.mark.parametrize("sync_every", [1, 4])
-def test_with_peft_the_adapter_alone_is_a_full_copys_run(sync_every):
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("sync_every", [1, 3, 4, 12])
+def test_with_peft_the_adapter_alone_is_a_full_copys_run(sync_every, accumulation):
     """Bitwise, against a second LoRA model with a base of its own."""
 
     def run(make_reference):
         policy = lora_policy()
         reference = make_reference(policy)
         torch.manual_seed(2)
-        return train_from(policy, make_optimizer(policy), reference, make_steps(2)), reference
+        steps = make_steps(accumulation)
+        return train_from(policy, make_optimizer(policy), reference, steps), reference
 
     def full(policy):
         return ReferenceCopy(policy, score, sync_every, model=copy.deepcopy(policy))

@@ -55,7 +55,7 @@ if what == "RLIMIT_FSIZE":
     resource.setrlimit(resource.RLIMIT_FSIZE, (when, when))
 arguments = []
 for name, value in options.items():
-    arguments += ["--" + name.replace("_", "-"), str(value)]
+    arguments += ["--" + name.replace("_", "-")] + ([] if value is True else [str(value)])
 sys.exit(main(["train", "--output-dir", output, *arguments]))
 """
 
@@ -83,20 +83,20 @@ def options(options):
 
 
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(options, tmp_path):
-    """SIGKILL at a random step, for each objective and each kind of reference; and in the middle of
-    writing a checkpoint."""
-    step = random.Random(os.getpid()).randint(1, 8)
-    cases = [(objective, "SIGKILL", step) for objective in OBJECTIVES]
-    cases.append(("kto", "SIGKILL while saving", 3))
-    children, runs = [], []
-    for i, (objective, what, when) in enumerate(cases):
-        chosen = {"objective": objective, "reference": REFERENCES[i % len(REFERENCES)]}
-        runs.append(options | chosen)
-        children.append(start(runs[i], tmp_path / f"killed{i}", what, when))
-    for i, (objective, what, when) in enumerate(cases):
-        code, err = finish(children[i])
+    """SIGKILL at random steps, for each objective and each kind of reference, paired by chance,
+    the adapter's with LoRA; and in the middle of writing a checkpoint."""
+    draw = random.Random(os.getpid())
+    pairs = zip(OBJECTIVES, draw.sample(REFERENCES, len(REFERENCES)), strict=True)
+    cases = [(*pair, "SIGKILL", draw.randint(1, 8)) for pair in pairs]
+    cases.append(("kto", "copy", "SIGKILL while saving", 3))
+    for i, (objective, reference, what, when) in enumerate(cases):
+        chosen = {"objective": objective, "reference": reference}
+        chosen |= {"lora": True} if reference == "adapter" else {}
+        killed, whole = tmp_path / f"killed{i}", tmp_path / f"whole{i}"
+        child = start(options | chosen, killed, what, when)
+        run.train(options | chosen, whole)  # meanwhile
+        code, err = finish(child)
         assert code == -signal.SIGKILL, err
-        killed = tmp_path / f"killed{i}"
         saved = [p.name for p in killed.glob("checkpoint-*")]
         if what == "SIGKILL":
             last = (when - 1) // 2 * 2  # the kill comes before the step's own checkpoint
@@ -104,18 +104,14 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(options, tmp_path):
         else:  # the third was being written
             assert saved == ["checkpoint-4"] and list(killed.glob(".checkpoint-6*"))
         run.train({}, killed, resume=True)
-        whole = tmp_path / f"whole{i}"
-        run.train(runs[i], whole)
-        assert without_timing(killed) == without_timing(whole), (objective, what, when)
-        same_weights(killed / "model", whole / "model")
+        assert without_timing(killed) == without_timing(whole), cases[i]
+        for file in whole.rglob("*.safetensors"):
+            assert file.read_bytes() == (killed / file.relative_to(whole)).read_bytes(), cases[i]
+        assert (whole / ("adapter" if "lora" in chosen else "model")).is_dir()
         assert json.loads((killed / "before.json").read_text()) == json.loads(
             (whole / "before.json").read_text()
         )
         assert not list(killed.glob(".*")) and not list(killed.glob("checkpoint-*"))
-
-
-def same_weights(a, b):
-    assert (a / "model.safetensors").read_bytes() == (b / "model.safetensors").read_bytes()
 
 
 def test_ctrl_c_finishes_the_step_and_saves(options, tmp_path):
