@@ -1,6 +1,6 @@
 """The longest sequences that a DPO step takes under a memory cap: stock TRL's loss path and ours.
 
-    python bench/long_context.py [--cap-gib 2] [--json FILE]
+    python -m bench.long_context [--cap-gib 2] [--json FILE]
 
 The step is forward, reference and backward of one preference pair of T tokens each, the first half
 of them a prompt that the two share, on a random Llama with gradient checkpointing: the same model
@@ -16,7 +16,6 @@ import argparse
 import copy
 import json
 import os
-import platform
 import resource
 import subprocess
 import sys
@@ -27,7 +26,10 @@ import torch
 import torch.nn.functional as F
 
 import humanline as hl
+from bench.environment import environment
+from bench.measure import status
 
+ROOT = Path(__file__).parents[1]
 BETA = 0.1
 DOES_NOT_FIT = 7  # a child's exit code
 
@@ -143,7 +145,7 @@ def attempt(variant, args):
     step, warm = VARIANTS[variant], copy.copy(args)
     warm.length = 32
     step(make_model(warm), warm)  # imports, threads and their arenas are not the step's
-    before = _status("VmSize")
+    before = status("VmSize")
     limit = before + int(args.cap_gib * 2**30)
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     start = time.perf_counter()
@@ -160,17 +162,10 @@ def attempt(variant, args):
     return {
         "length": args.length,
         "seconds": time.perf_counter() - start,
-        "peak_rss_bytes": _status("VmHWM"),
+        "peak_rss_bytes": status("VmHWM"),
         "loss": loss,
         "grad_norm": norm,
     }
-
-
-def _status(field):
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise KeyError(field)
 
 
 # In the parent
@@ -182,11 +177,13 @@ def in_child(variant, length, args):
     Raises:
         RuntimeError: it failed for another reason.
     """
-    command = [sys.executable, __file__, "--child", variant, "--length", length]
+    command = [sys.executable, "-m", "bench.long_context", "--child", variant, "--length", length]
     for name in ("cap_gib", "hidden", "layers", "vocab"):
         command += ["--" + name.replace("_", "-"), getattr(args, name)]
-    environment = os.environ | {"MALLOC_ARENA_MAX": "1"}  # arenas take address space unused
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment)
+    one_arena = os.environ | {"MALLOC_ARENA_MAX": "1"}  # arenas take address space unused
+    done = subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, env=one_arena, cwd=ROOT
+    )
     if done.returncode == DOES_NOT_FIT:
         return None
     if done.returncode:
@@ -259,18 +256,11 @@ def main(argv=None):
     for result in results:
         print(f"{result['variant']:26s} {result['length']:7d} tokens")
     if args.json:
-        shape = {
-            k: getattr(args, k) for k in ("cap_gib", "hidden", "layers", "vocab", "resolution")
-        }
-        environment = {
-            "shape": shape,
-            "torch": torch.__version__,
-            "humanline": hl.__version__,
-            "python": platform.python_version(),
-            "threads": torch.get_num_threads(),
-        }
+        names = ("cap_gib", "hidden", "layers", "vocab", "resolution")
+        sizes = {name: getattr(args, name) for name in names}
+        record = {"environment": environment("cpu"), "sizes": sizes, "results": results}
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps({"environment": environment, "results": results}, indent=1))
+        args.json.write_text(json.dumps(record, indent=1))
 
 
 if __name__ == "__main__":

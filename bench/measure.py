@@ -118,12 +118,12 @@ def _high_water(work: Callable[[], None]) -> int:
     """Growth of the process's resident memory at its highest; Linux only."""
     ctypes.CDLL(None).malloc_trim(0)  # or freed pages would serve this and not show
     Path("/proc/self/clear_refs").write_text("5")
-    before = _status("VmRSS")
+    before = status("VmRSS")
     work()
-    return _status("VmHWM") - before
+    return status("VmHWM") - before
 
 
-def _status(field: str) -> int:
+def status(field: str) -> int:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024

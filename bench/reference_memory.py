@@ -1,11 +1,12 @@
 """Peak memory and step time of training with each kind of reference, on a CPU.
 
-    python bench/reference_memory.py [--sync-every K] [--json FILE]
+    python -m bench.reference_memory [--sync-every K] [--json FILE]
 
 Every run is a process of its own: a causal transformer trained with AdamW on GRPO with humanline
-clipping, all its weights or a LoRA adapter (PEFT). Memory is the process's
-high-water mark; the table shows what it is above that of a run without any reference, and what
-``memory_bytes()`` says. The kinds must arrive at the same losses. Linux and macOS.
+clipping, all its weights or a LoRA adapter (PEFT). Memory is the process's high-water mark; the
+table shows what it is above that of a run without any reference, medians of ``--repeats`` runs with
+the least and the most, and what ``memory_bytes()`` says. The kinds must arrive at the same losses.
+Linux and macOS.
 """
 
 import argparse
@@ -21,9 +22,11 @@ import torch
 from torch import nn
 
 import humanline as hl
+from bench.environment import environment
 from humanline.reference import REFERENCES
 
 OBJECTIVE = hl.GRPO(perception=hl.Clip(-0.05, 0.05))
+ROOT = Path(__file__).parents[1]
 KINDS = ("none", *REFERENCES)
 TRAINED = ("all weights", "LoRA")
 
@@ -114,26 +117,37 @@ def measure(trained: str, kind: str, args: argparse.Namespace) -> dict:
 
 def in_child(trained: str, kind: str, args: argparse.Namespace) -> dict:
     sizes = ("steps", "sync_every", "width", "layers", "vocab", "batch", "length")
-    command = [sys.executable, __file__, "--child", f"{trained}/{kind}"]
+    command = [sys.executable, "-m", "bench.reference_memory", "--child", f"{trained}/{kind}"]
     for name in sizes:
         command += ["--" + name.replace("_", "-"), str(getattr(args, name))]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=ROOT)
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def report(results: list[dict], sync_every: int) -> None:
-    print(f"{'trained':14s}{'reference':12s}{'s / step':>10s}{'peak MB':>10s}", end="")
-    print(f"{'above none':>12s}{'held MB':>10s}    sync every {sync_every}")
+def table(results: list[dict]) -> list[list[str]]:
+    """A line for each kind: step time, peak, peak above that of no reference, held."""
+    lines = []
     for trained in dict.fromkeys(r["trained"] for r in results):
-        rows = {r["kind"]: r for r in results if r["trained"] == trained}
-        losses = [r["losses"] for kind, r in rows.items() if kind != "none"]
+        runs = {k: [r for r in results if (r["trained"], r["kind"]) == (trained, k)] for k in KINDS}
+        losses = [r["losses"] for kind in REFERENCES for r in runs[kind]]
         assert all(other == losses[0] for other in losses), "the kinds' losses differ"
-        for kind, r in rows.items():
-            above = r["peak_bytes"] - rows["none"]["peak_bytes"]
-            print(
-                f"{trained:14s}{kind:12s}{r['seconds_per_step']:10.3f}"
-                f"{r['peak_bytes'] / 1e6:10.0f}{above / 1e6:12.0f}{r['held_bytes'] / 1e6:10.1f}"
-            )
+        without = statistics.median(r["peak_bytes"] for r in runs["none"])
+        for kind, of_kind in runs.items():
+            seconds = _spread([r["seconds_per_step"] for r in of_kind], ".3f")
+            peak = _spread([r["peak_bytes"] / 1e6 for r in of_kind], ".0f")
+            above = _spread([(r["peak_bytes"] - without) / 1e6 for r in of_kind], ".0f")
+            held = f"{of_kind[0]['held_bytes'] / 1e6:.2f}"
+            lines.append([trained, kind, seconds, peak, above, held])
+    return lines
+
+
+def _spread(values: list[float], digits: str) -> str:
+    """The median, with the least and the most."""
+    low, middle, high = (f(values) for f in (min, statistics.median, max))
+    return f"{middle:{digits}} ({low:{digits}} to {high:{digits}})"
+
+
+HEAD = ["trained", "reference", "s a step", "peak, MB", "above none, MB", "held, MB"]
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -145,6 +159,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--vocab", type=int, default=8192)
     parser.add_argument("--batch", type=int, default=4, help="sequences in a micro-batch")
     parser.add_argument("--length", type=int, default=128, help="tokens in a sequence")
+    parser.add_argument("--repeats", type=int, default=3, help="runs of each kind")
     parser.add_argument("--json", type=Path, help="also write the raw results here")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
@@ -159,14 +174,18 @@ def main(argv: list[str] | None = None) -> None:
         print(json.dumps(measure(*args.child.split("/"), args)))
         return
     results = []
-    for trained in TRAINED:
-        for kind in KINDS:
-            print(f"running: {trained}, {kind}", file=sys.stderr)
-            results.append(in_child(trained, kind, args))
-    report(results, args.sync_every)
+    for turn in range(args.repeats):  # kind after kind, so that none has the machine's best hour
+        for trained in TRAINED:
+            for kind in KINDS:
+                print(f"{turn + 1}/{args.repeats}: {trained}, {kind}", file=sys.stderr)
+                results.append(in_child(trained, kind, args))
+    for line in [HEAD, *table(results)]:
+        print("".join(f"{cell:24s}" for cell in line))
     if args.json:
+        sizes = {k: v for k, v in vars(args).items() if k not in ("json", "child", "repeats")}
+        record = {"environment": environment("cpu"), "sizes": sizes, "results": results}
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(results, indent=1))
+        args.json.write_text(json.dumps(record, indent=1))
 
 
 if __name__ == "__main__":

@@ -1,15 +1,10 @@
 """The search for the longest context finds it; its variants compute one and the same step."""
 
-import importlib.util
 import sys
-from pathlib import Path
 
 import pytest
 
-path = Path(__file__).parents[2] / "bench" / "long_context.py"
-spec = importlib.util.spec_from_file_location("long_context", path)
-long_context = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(long_context)
+from bench import long_context
 
 TINY = ["--hidden", "64", "--layers", "2", "--vocab", "4096"]
 

@@ -1,20 +1,15 @@
 """The benchmark of the references, at a size that takes seconds."""
 
-import sys
-from pathlib import Path
-
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
-
-import reference_memory
+from bench import reference_memory
 
 SIZES = dict(steps=3, sync_every=2, width=64, layers=1, vocab=64, batch=2, length=8)
 SMALL = [f"--{name.replace('_', '-')}={size}" for name, size in SIZES.items()]
 
 
 @pytest.mark.parametrize("trained", reference_memory.TRAINED)
-def test_the_kinds_compute_the_same_and_report_what_they_hold(trained, capsys):
+def test_the_kinds_compute_the_same_and_report_what_they_hold(trained):
     if trained == "LoRA":
         pytest.importorskip("peft")
     args = reference_memory.parse(SMALL)
@@ -28,11 +23,12 @@ def test_the_kinds_compute_the_same_and_report_what_they_hold(trained, capsys):
     assert by_kind["copy"]["held_bytes"] == by_kind["adapter"]["held_bytes"] == trains
     # the first step's batch and scores are gone; at most sync_every steps' are held
     assert by_kind["lookahead"]["held_bytes"] == 2 * (2 * 9 * 8 + 2 * 8 * 4)
-    reference_memory.report(results, args.sync_every)
-    assert capsys.readouterr().out.count(trained) == 4
+    lines = reference_memory.table(results * 2)
+    assert [line[1] for line in lines] == list(reference_memory.KINDS)
+    assert lines[0][4] == "0 (0 to 0)" and lines[1][5] == f"{trains / 1e6:.2f}"
     results[1]["losses"] = [0.0]
     with pytest.raises(AssertionError, match="losses differ"):
-        reference_memory.report(results, args.sync_every)
+        reference_memory.table(results)
 
 
 def test_a_child_process_reports_its_own_peak():
