@@ -9,19 +9,20 @@ from bench.cases import Batch, Case, inputs
 from bench.peers import Peer, eager_hidden, eager_logits
 
 CHECKED_TOKENS = 512  # of a longer case, so many: the truth holds all logits in float64
-WRONG = 0.1  # a relative error of the gradient beyond this is no rounding
+WRONG = 0.1  # a relative error beyond this is no rounding
 
 
 @dataclass(frozen=True)
 class Errors:
-    """Of the loss, absolute; of the gradient, ``‖g − g64‖ / ‖g64‖``, that of the worst input."""
+    """Of the loss, over ``max(1, |loss|)``, since it may be 0; of the gradient, ``‖g − g64‖ /
+    ‖g64‖``, that of the worst input."""
 
     loss: float
     gradient: float
 
     @property
     def wrong(self) -> bool:
-        return not self.gradient <= WRONG
+        return not (self.loss <= WRONG and self.gradient <= WRONG)
 
 
 def errors(peer: Peer, case: Case, device: str) -> Errors:
@@ -31,7 +32,7 @@ def errors(peer: Peer, case: Case, device: str) -> Errors:
     true_loss, true_gradients = _evaluate(eager, batch.to_float64())
     loss, gradients = _evaluate(peer.run, batch)
     return Errors(
-        abs(loss.double() - true_loss).item(),
+        (abs(loss.double() - true_loss) / true_loss.abs().clamp(min=1)).item(),
         max(_relative(g, t) for g, t in zip(gradients, true_gradients, strict=True)),
     )
 

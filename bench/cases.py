@@ -239,7 +239,11 @@ SUITES = {
         _product(objective=["grpo", "dpo"], active=[0.5], frozen_head=[False, True], **_QUICK),
     ),
     # the head of SmolLM2-135M on a CPU
-    "cpu": _product(entry=["logits", "hidden"], active=[1.0, 0.5], **_CPU),
+    "cpu": _unique(
+        _product(entry=["logits", "hidden"], active=[1.0, 0.5], **_CPU),
+        _product(objective=["dpo", "kto", "sft"], **_CPU | {"dtype": ["float32"]}),
+        _product(objective=["grpo", "dpo"], frozen_head=[True], **_CPU | {"dtype": ["float32"]}),
+    ),
     "cpu-active": _product(entry=["logits", "hidden"], active=_ACTIVE, **_CPU),
     "cpu-tokens": _product(
         entry=["logits", "hidden"],

@@ -59,7 +59,7 @@ def measure(peer: Peer, case: Case, device: str, repeats: int) -> Result:
         found = errors(peer, case, device)
         result = replace(result, loss_error=found.loss, gradient_error=found.gradient)
         if found.wrong:
-            return replace(result, why_not=f"wrong: gradient off by {found.gradient:.2g}")
+            return replace(result, why_not=f"wrong: {found}")
     batch = inputs(case, device)
     step(peer, batch)  # imports, compilation and pools of threads are neither memory nor time
     _free_gradients(batch)

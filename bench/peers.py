@@ -176,7 +176,14 @@ def trl_chunked(batch: Batch) -> Tensor:
     return batch.loss(logps)
 
 
-@_peer("Liger grpo_loss", "logits", package="liger-kernel", objectives=("grpo",), gpu=True)
+@_peer(
+    "Liger grpo_loss",
+    "logits",
+    package="liger-kernel",
+    objectives=("grpo",),
+    gpu=True,
+    note="and a copy of the logits, which it wants with a row more",
+)
 def liger_grpo_loss(batch: Batch) -> Tensor:
     from liger_kernel.transformers.grpo_loss import triton_grpo_loss
 

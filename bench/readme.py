@@ -13,7 +13,7 @@ from bench import model
 from bench.cases import SUITES
 from bench.measure import Result
 from bench.peers import OURS
-from bench.report import find, megabytes, seconds
+from bench.report import find, megabytes, note_on, seconds
 from bench.run import ROOT, Results
 from humanline.training.errors import UserError
 
@@ -68,6 +68,9 @@ def _measured(results: Results, suite: str) -> str:
         for case, of_case in rows.items():
             cells = [_cell(find(of_case, peer)) for peer in peers]
             lines.append(f"| {case.name} | {' | '.join(cells)} |")
+        notes = {r.peer: note_on(r) for of_case in rows.values() for r in of_case}
+        notes = "; ".join(f"{peer}: {notes[peer]}" for peer in peers if notes[peer])
+        lines += ["", notes[0].upper() + notes[1:] + "."] if notes else []
     return "\n".join(lines)
 
 

@@ -1,11 +1,12 @@
 """Results as a table in a terminal."""
 
 from bench.measure import Result
-from bench.peers import OURS
+from bench.peers import OURS, peers_of
 from bench.run import Results
 
-COLUMNS = {"error": 8, "seconds": 9, "/ floor": 8, "× ours": 7, "peak MB": 8, "× ours ": 7}
-HEAD = " " * 28 + " ".join(f"{name.strip():>{width}s}" for name, width in COLUMNS.items())
+WIDTHS = [8, 8, 9, 8, 7, 8, 7]
+NAMES = ["loss err", "grad err", "seconds", "/ floor", "× ours", "peak MB", "× ours"]
+HEAD = " " * 28 + " ".join(f"{n:>{w}s}" for n, w in zip(NAMES, WIDTHS, strict=True))
 
 
 def terminal(results: Results) -> str:
@@ -21,13 +22,24 @@ def terminal(results: Results) -> str:
 def _terminal_line(result: Result, floor: Result | None, ours: Result | None) -> str:
     if result.why_not is not None:
         return f"  {result.peer:26s} {result.why_not}"
-    error = "" if result.gradient_error is None else f"{result.gradient_error:.1e}"
+    errors = [_error(result.loss_error), _error(result.gradient_error)]
+    note = note_on(result)
     return (
-        f"  {result.peer:26s} {error:>8s} {result.seconds:9.4g} "
+        f"  {result.peer:26s} {errors[0]:>8s} {errors[1]:>8s} {result.seconds:9.4g} "
         f"{_ratio(result.seconds, floor and floor.seconds):>8s} "
         f"{_ratio(result.seconds, ours and ours.seconds):>7s} "
         f"{result.peak_bytes / 1e6:8.0f} {_ratio(result.peak_bytes, ours and ours.peak_bytes):>7s}"
+        f"{'  ' + note if note else ''}"
     )
+
+
+def _error(x: float | None) -> str:
+    return "" if x is None else f"{x:.1e}"
+
+
+def note_on(result: Result) -> str:
+    """What the reader of a peer's numbers should know."""
+    return next((p.note for p in peers_of(result.case) if p.name == result.peer), "")
 
 
 def floor(results: list[Result]) -> Result | None:

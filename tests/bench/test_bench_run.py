@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 
@@ -66,11 +68,30 @@ def test_no_file_of_results(tmp_path, text):
         main(["--show", str(tmp_path / "x.json")])
 
 
-def test_a_wrong_peer_is_not_timed():
+@pytest.mark.parametrize("change", [lambda x: 3 * x, lambda x: x + 1], ids=["gradient", "loss"])
+def test_a_wrong_peer_is_not_timed(change):
     eager = next(p for p in peers_of(CASE) if p.name == "eager")
-    wrong = Peer("wrong", lambda batch: 3 * eager.run(batch), "logits")
+    wrong = Peer("wrong", lambda batch: change(eager.run(batch)), "logits")
     result = measure(wrong, CASE, "cpu", 1)
-    assert result.why_not.startswith("wrong: gradient off by 2") and result.seconds is None
+    assert result.why_not.startswith("wrong: Errors(loss=") and result.seconds is None
+
+
+def test_a_peers_note_stands_beside_its_numbers():
+    liger = Result(Case("dpo"), "Liger chunked", seconds=1.0, peak_bytes=3)
+    assert "computes the reference too: 1F more" in terminal(Results({}, [liger]))
+
+
+def test_the_cases_run_under_pytest_benchmark():
+    pytest.importorskip("pytest_benchmark")
+    command = [sys.executable, "-m", "pytest", "-q", "bench/test_speed.py", "-k", "not compile"]
+    done = subprocess.run(
+        [*command, "--benchmark-disable"],
+        env=os.environ | {"HUMANLINE_SUITE": "smoke"},
+        cwd=runner.ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0 and "passed" in done.stdout, done.stdout[-2000:]
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="needs Linux's /proc")
