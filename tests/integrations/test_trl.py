@@ -98,6 +98,17 @@ def test_a_lookahead_of_more_than_one_epoch_is_refused_before_the_first_step(tmp
     assert trainer.state.global_step == 0
 
 
+def test_a_stream_is_one_epoch_to_a_lookahead(tmp_path):
+    """It trains and resumes as the other references do, until the stream is through."""
+    stream = datasets.IterableDataset.from_generator(lambda: iter(tiny.pairs(12)))
+    bounds = {"log_eps_P": -0.3, "log_eps_R": 0.2}
+    make = partial(build, tmp_path, stream, sync_every=2, **bounds)
+    tiny.check_kinds_agree(partial(make, max_steps=6))  # all there is in it
+    tiny.check_resuming(partial(make, reference="lookahead", max_steps=5), tmp_path, at=3)
+    with pytest.raises(ValueError, match=r"stream ended after 6 optimizer steps of max_steps=8"):
+        make(reference="lookahead", max_steps=8).train()
+
+
 def test_a_lookahead_cannot_evaluate(tmp_path):
     trainer = build(tmp_path, reference="lookahead", arguments={"eval_dataset": tiny.pairs(2)})
     with pytest.raises(ValueError, match="holds no weights to score an evaluation with"):
