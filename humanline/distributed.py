@@ -43,9 +43,13 @@ def local_shard(t: Tensor) -> Tensor:
     return t.to_local() if hasattr(t, "to_local") else t
 
 
+def sharded_modules(model: nn.Module) -> list[nn.Module]:
+    """Those that FSDP2 has sharded."""
+    return [module for module in model.modules() if hasattr(module, "reshard")]
+
+
 def reshard(model: nn.Module) -> None:
     """Have FSDP2 let go of the weights it has gathered. It keeps the root's after a forward without
     a backward, and takes them for current even when the optimizer has stepped since."""
-    for module in model.modules():
-        if hasattr(module, "reshard"):
-            module.reshard()
+    for module in sharded_modules(model):
+        module.reshard()

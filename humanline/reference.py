@@ -43,7 +43,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from humanline.checks import require
-from humanline.distributed import local_shard, reshard
+from humanline.distributed import local_shard, reshard, sharded_modules
 
 Score = Callable[[nn.Module, Any], Any]
 Step = tuple[list[Any], list[Any]]
@@ -188,7 +188,8 @@ class ReferenceCopy(_ReferenceWithWeights):
 
     Raises:
         ValueError: see :class:`Reference`; ``model`` has other weights than the policy, or shards
-            them otherwise; the policy is partitioned by DeepSpeed ZeRO-3.
+            them otherwise; it is missing and FSDP2 shards the policy; the policy is partitioned by
+            DeepSpeed ZeRO-3.
     """
 
     def __init__(
@@ -323,6 +324,11 @@ def scoring(model: nn.Module) -> Iterator[None]:
 
 
 def _copy_of(policy: nn.Module) -> nn.Module:
+    require(
+        not sharded_modules(policy),
+        "FSDP2 shards the policy, and such a model cannot be copied: pass model=, a second one "
+        "sharded alike, or use ReferenceAdapter or ReferenceLookahead",
+    )
     frozen = {id(p): p for p in policy.parameters() if not p.requires_grad}
     return copy.deepcopy(policy, memo=frozen)  # what the memo knows is not copied
 

@@ -173,6 +173,11 @@ def fsdp2_of_another_sharding_is_refused(rank):
         ReferenceCopy(sharded(), score, model=make_policy())
 
 
+def fsdp2_without_a_second_model_is_refused(rank):
+    with pytest.raises(ValueError, match=r"cannot be copied: pass model=, a second one sharded"):
+        ReferenceCopy(sharded(), score)
+
+
 def kto(rank):
     """Rank 0 has desirable examples alone, and another number of pairs than rank 1."""
     desirable = torch.tensor([True, True, True] if rank == 0 else [True, False])
@@ -219,6 +224,7 @@ CHECKS = [
     fsdp2_syncs_without_communication,
     fsdp2_state,
     fsdp2_of_another_sharding_is_refused,
+    fsdp2_without_a_second_model_is_refused,
     kto,
     groups,
 ]

@@ -18,12 +18,18 @@ Where they differ from HALOs' own, on purpose:
 
 Where :func:`from_config` differs from the trainers, on purpose:
 
-- KTO's reference point is the mean over all mismatched pairs; HALOs leaves those with reward 0 out.
+- KTO's reference point is the mean over all mismatched pairs, over ranks the mean of their means;
+  HALOs leaves pairs with reward 0 out, and divides the sum over ranks by the number over ranks.
+- GRPO takes the advantages it is given. :func:`humanline.group_advantages` has TRL's: the sample
+  standard deviation, plus 1e-4. HALOs' are ``correction=0, epsilon=1e-2``.
+- PPO is the policy's loss; HALOs adds ``critic_coef`` times that of its value head.
 - Tokens are counted in integers; HALOs sums masks in the policy's dtype, in bfloat16 to 8 bits.
 - The reference of PPO is synced before the optimizer step, as for all others; HALOs' PPO syncs
   after it, so that the next batch starts at a ratio of 1.
 - SLiC's regulariser is the log-likelihood of the chosen *sequence*, as its paper has it; HALOs
   takes it token by token.
+- ``humanline`` with a loss that has no reference is an error. HALOs' SimPO and SLiC clip the
+  log-probs themselves, as log-ratios to a reference of probability 1; its SFT ignores it.
 """
 
 from collections.abc import Mapping

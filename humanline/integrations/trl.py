@@ -152,7 +152,9 @@ class _Built(HumanlineMixin):
         with checks.adapter_on_head_allowed(type(self)):
             super().__init__(**given)
         own = type(self)  # has all it needs
-        _install(self, own, options.perception, options.sync_every, options.reference)
+        schedule = options.sync_every, options.reference
+        ref_given = given.get("ref_model") is not None
+        _install(self, own, options.perception, *schedule, ref_given)
 
     def _checked(self, given: dict[str, Any]) -> dict[str, Any]:
         """The arguments for TRL, once they have been looked at."""
@@ -211,6 +213,10 @@ def apply_humanline(
 ) -> None:
     """Turn a trainer that is already built into a humanline one, in place. Call it before training.
 
+    Unless ``reference`` is "copy", the trainer's ``ref_model`` is dropped, and the policy as it is
+    begins as the reference. With full fine-tuning TRL loads a ``ref_model`` where none was given,
+    so one of the caller's own, dropped too, cannot be told from it.
+
     Args:
         trainer: TRL's DPOTrainer, KTOTrainer or GRPOTrainer, or an instance of a subclass.
         perception: how log-ratios are perceived, ``Clip()`` by default; any of
@@ -225,7 +231,9 @@ def apply_humanline(
     mixin = next((mixin for base, mixin in MIXINS.items() if isinstance(trainer, base)), None)
     checks.check_instance(trainer, mixin, MIXINS)
     checks.check_options(trainer.args)
-    _install(trainer, mixin, perception, sync_every, reference)
+    # Under PEFT TRL loads none.
+    ref_given = is_peft_model(trainer.model) and trainer.ref_model is not None
+    _install(trainer, mixin, perception, sync_every, reference, ref_given)
 
 
 def _become(trainer: _BaseTrainer, mixin: type[HumanlineMixin]) -> None:
@@ -241,9 +249,10 @@ def _install(
     perception: Perception,
     sync_every: int,
     kind: str | None,
+    ref_given: bool,
 ) -> None:
     kind = kind or ("adapter" if is_peft_model(trainer.model) else "copy")
-    checks.check_model(trainer, kind)
+    checks.check_model(trainer, kind, ref_given)
     _become(trainer, LookaheadMixin if kind == "lookahead" else mixin)
     trainer.reference = _make_reference(trainer, kind, sync_every)
     trainer.perception = perception

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from accelerate.utils import is_peft_model
 from torch import nn
 from trl import DPOTrainer, KTOTrainer
 from trl.data_utils import is_conversational
@@ -119,8 +118,14 @@ def check_instance(trainer: Any, mixin: type | None, mixins: Mapping[type, type]
     )
 
 
-def check_model(trainer: Any, kind: str) -> None:
-    """Raise ValueError unless model and reference can be what humanline needs."""
+def check_model(trainer: Any, kind: str, ref_given: bool) -> None:
+    """Raise ValueError unless model and reference can be what humanline needs.
+
+    Args:
+        trainer: TRL's, built.
+        kind: of the reference.
+        ref_given: whether the trainer's ``ref_model`` is the caller's, not one that TRL loaded.
+    """
     require(
         kind in REFERENCES,
         lambda: f"unknown reference {kind!r}; known: {', '.join(REFERENCES)}",
@@ -132,10 +137,11 @@ def check_model(trainer: Any, kind: str) -> None:
         "reference differently: a reference cannot be copied from the policy; use DDP or ZeRO-2",
     )
     require(
-        not (is_peft_model(trainer.model) and kind != "copy" and trainer.ref_model is not None),
+        kind == "copy" or not ref_given,
         lambda: (
-            f'reference="{kind}" begins with the policy as it is, so ref_model has no part in it: '
-            'leave it out, or set reference="copy"'
+            f'reference="{kind}" begins with the policy as it is, whatever sync_every: only '
+            'reference="copy" can begin with another model. Leave ref_model out, or set '
+            'reference="copy"'
         ),
     )
     if kind == "lookahead":

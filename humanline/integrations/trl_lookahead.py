@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
+from transformers.trainer_utils import has_length
 
 from humanline.checks import require
 from humanline.integrations.trl_head import fused_head
@@ -25,13 +26,23 @@ class LookaheadMixin(PreferenceMixin):
         if self._epoch is not epoch_iterator:
             self._epoch = epoch_iterator
             self._steps = self.reference.steps(self._drawn(epoch_iterator, device))
-        batches, scores = next(self._steps)
+        batches, scores = next(self._steps, (None, None))
+        require(
+            batches is not None,
+            lambda: (
+                f"the stream ended after {self.state.global_step} optimizer steps of max_steps="
+                f'{self.state.max_steps}, and reference="lookahead" cannot begin it anew: lower '
+                'max_steps, or use "copy" or "adapter"'
+            ),
+        )
         self._due = deque(scores)
         return batches, self._get_num_items_in_batch(batches, device)
 
     def _drawn(self, epoch_iterator: Iterator, device: Any) -> Iterator[list[Any]]:
+        # Of a stream TRL begins as many epochs as max_steps asks for: one, if it lasts.
+        streamed = not has_length(self.callback_handler.train_dataloader)
         require(
-            self.state.num_train_epochs == 1,
+            streamed or self.state.num_train_epochs == 1,
             lambda: (
                 'reference="lookahead" trains for one epoch at most: the next one\'s batches are '
                 f"not drawn before it begins; this run has {self.state.num_train_epochs}. Use "

@@ -169,8 +169,9 @@ def test_reference_free_configurations():
     slic = {"trainer": "SLiCTrainer", "beta": 1.0, "lambda_coef": 0.1}
     assert halos.from_config(plain | {"loss": slic})[0] == hl.SLiC(delta=1.0, lambda_coef=0.1)
     assert halos.from_config(plain | {"loss": {"trainer": "SFTTrainer"}})[0] == hl.SFT()
-    with pytest.raises(ValueError, match="SimPO is reference-free"):
-        halos.from_config(BOUNDS | {"loss": simpo})
+    for name, loss in (("SimPO", simpo), ("SLiC", slic), ("SFT", {"trainer": "SFTTrainer"})):
+        with pytest.raises(ValueError, match=f"{name} is reference-free"):
+            halos.from_config(BOUNDS | {"loss": loss})
 
 
 @pytest.mark.parametrize("humanline, sync, every", [(False, False, 0), (False, True, 1)])

@@ -1,6 +1,7 @@
 """Options, and what the trainers refuse before anything runs."""
 
 import logging
+from functools import partial
 
 import datasets
 import pytest
@@ -97,6 +98,17 @@ def test_a_lookahead_of_more_than_one_epoch_is_refused_before_the_first_step(tmp
     assert trainer.state.global_step == 0
 
 
+def test_a_stream_is_one_epoch_to_a_lookahead(tmp_path):
+    """It trains and resumes as the other references do, until the stream is through."""
+    stream = datasets.IterableDataset.from_generator(lambda: iter(tiny.pairs(12)))
+    bounds = {"log_eps_P": -0.3, "log_eps_R": 0.2}
+    make = partial(build, tmp_path, stream, sync_every=2, **bounds)
+    tiny.check_kinds_agree(partial(make, max_steps=6))  # all there is in it
+    tiny.check_resuming(partial(make, reference="lookahead", max_steps=5), tmp_path, at=3)
+    with pytest.raises(ValueError, match=r"stream ended after 6 optimizer steps of max_steps=8"):
+        make(reference="lookahead", max_steps=8).train()
+
+
 def test_a_lookahead_cannot_evaluate(tmp_path):
     trainer = build(tmp_path, reference="lookahead", arguments={"eval_dataset": tiny.pairs(2)})
     with pytest.raises(ValueError, match="holds no weights to score an evaluation with"):
@@ -170,11 +182,31 @@ def test_no_separable_output_head(tmp_path, cls, found):
         build(tmp_path, policy=policy, arguments={"ref_model": tiny.model()})
 
 
+@pytest.mark.parametrize(
+    ("trainer", "config", "data"),
+    [
+        (HumanlineDPOTrainer, HumanlineDPOConfig, tiny.pairs),
+        (HumanlineKTOTrainer, HumanlineKTOConfig, tiny.labelled),
+    ],
+)
+def test_only_a_copy_begins_with_a_model_of_the_caller_s(tmp_path, trainer, config, data):
+    """Where none is given, TRL has loaded one that contradicts nothing."""
+    make = partial(tiny.build, trainer, config, tmp_path, data(4))
+    given = {"ref_model": tiny.model()}
+    for kind, sync_every in (("adapter", 1), ("adapter", 0), ("lookahead", 1)):
+        options = {"reference": kind, "sync_every": sync_every}
+        message = rf"{kind}.* as it is, whatever sync_every: only reference=.copy. can begin with"
+        with pytest.raises(ValueError, match=message):
+            make(options=options, **given)
+        make(options=options)
+    assert make(options={"sync_every": 0}, **given).reference.model is given["ref_model"]
+
+
 def test_a_reference_model_that_has_no_part(tmp_path):
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=2, target_modules=["q_proj"])
     arguments = {"peft_config": config, "ref_model": tiny.model()}
-    with pytest.raises(ValueError, match="begins with the policy as it is, so ref_model has no"):
+    with pytest.raises(ValueError, match=r"adapter. begins with the policy as it is"):
         build(tmp_path, arguments=arguments)
     with pytest.raises(ValueError, match="model is that of a reference with other weights"):
         build(tmp_path, arguments=arguments, reference="copy")

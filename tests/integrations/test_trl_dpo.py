@@ -53,6 +53,14 @@ def on(folder):
     return trainer
 
 
+#: Of several losses and of losses with weights, as TRL's options name them.
+MIXED = {
+    "plain": {},
+    "MPO": {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 0.5]},
+    "WPO": {"use_weighting": True},
+}
+
+
 def set_loss(trainer, loss_type):
     trainer.loss_types = [loss_type]
     trainer.label_smoothing = 0.1 if loss_type in ("exo_pair", "robust") else 0.0
@@ -87,10 +95,11 @@ def test_off_is_trl_bit_for_bit(theirs, off, loss_type):
     assert our_metrics == metrics
 
 
-def test_off_trains_as_trl(folder):
+@pytest.mark.parametrize("mixed", MIXED)
+def test_off_trains_as_trl(folder, mixed):
     trainers = [
-        tiny.build(DPOTrainer, DPOConfig, folder, tiny.pairs()),
-        build(folder, humanline=False),
+        tiny.build(DPOTrainer, DPOConfig, folder, tiny.pairs(), options=MIXED[mixed]),
+        build(folder, humanline=False, **MIXED[mixed]),
     ]
     for trainer in trainers:
         trainer.train()
@@ -101,22 +110,34 @@ def test_off_trains_as_trl(folder):
 # humanline=True: one loss
 
 
-@pytest.mark.parametrize("loss_type", LOSS_TYPES)
-def test_loss_and_gradients_are_the_objective_s(on, loss_type):
-    set_loss(on, loss_type)
-    batch = tiny.batch_of(on)
-    loss, grads, metrics = tiny.loss_and_gradients(on, batch)
-    logps, mask = eager(on.model, batch)
+def check_against(objective, trainer):
+    """Loss, gradients and metrics of a batch, against an objective's."""
+    batch = tiny.batch_of(trainer)
+    loss, grads, metrics = tiny.loss_and_gradients(trainer, batch)
+    logps, mask = eager(trainer.model, batch)
     with torch.no_grad():
-        ref_logps, _ = eager(on.reference.model, batch)
-    expected, stats = objective(loss_type).from_logps(logps, ref_logps, mask)
+        ref_logps, _ = eager(trainer.reference.model, batch)
+    expected, stats = objective.from_logps(logps, ref_logps, mask)
     expected.backward()
     assert 0 < stats["humanline/unclamped"] < 1
     assert_close(loss, expected.detach(), rtol=1e-5, atol=1e-6)
-    assert_close(grads, tiny.gradients(on.model), rtol=1e-4, atol=2e-6)
+    assert_close(grads, tiny.gradients(trainer.model), rtol=1e-4, atol=2e-6)
     for name, value in stats.items():
         if name in metrics:
             assert metrics[name] == [pytest.approx(value.item(), rel=1e-4, abs=1e-6)]
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_loss_and_gradients_are_the_objective_s(on, loss_type):
+    set_loss(on, loss_type)
+    check_against(objective(loss_type), on)
+
+
+def test_several_losses_are_the_objective_s(folder):
+    trainer = build(folder, **MIXED["MPO"], **CLIP)
+    tiny.disturb(trainer.model)
+    options = {name: tuple(value) for name, value in MIXED["MPO"].items()}
+    check_against(hl.DPO(perception=hl.Clip(**CLIP), **options), trainer)
 
 
 def test_bounds_that_do_not_bracket_zero(on):
@@ -176,6 +197,25 @@ def test_ld_dpo_weighs_tokens_once_they_are_perceived(on, monkeypatch):
     assert (weight[mask] < 1).any()
     assert_close(loss, expected.detach(), rtol=1e-5, atol=1e-6)
     assert_close(grads, tiny.gradients(on.model), rtol=1e-4, atol=2e-6)
+
+
+def test_weights_of_pairs_are_of_the_policy_as_it_is(folder):
+    """WPO's see its log-probs alone, from which perception takes nothing."""
+    trainer = build(folder, **MIXED["WPO"], **CLIP)
+    tiny.disturb(trainer.model)
+    batch = tiny.batch_of(trainer)
+    loss, grads, _ = tiny.loss_and_gradients(trainer, batch)
+    c, mask = perceived(trainer, batch)
+    with torch.no_grad():
+        logits = trainer.model(batch["input_ids"], batch["attention_mask"]).logits[:, :-1]
+        aligned = eager(trainer.model, batch)[0] - (2 * logits.log_softmax(-1)).logsumexp(-1)
+        of_chosen, of_rejected = ((aligned * mask).sum(1) / mask.sum(1)).exp().chunk(2)
+    w, l = c.sum(1).chunk(2)
+    losses = -torch.nn.functional.logsigmoid(0.1 * (w - l))
+    expected = (losses * of_chosen * of_rejected).mean()
+    expected.backward()
+    assert_close(loss, expected.detach(), rtol=1e-5, atol=1e-6)
+    assert_close(grads, tiny.gradients(trainer.model), rtol=1e-4, atol=2e-6)
 
 
 # Training
@@ -327,7 +367,7 @@ def test_rows_through_the_head(folder):
 def test_rows_through_a_frozen_head(folder):
     """The hidden states' gradient is formed in the forward."""
     peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(r=4, **LORA["attention"])
+    config = peft.LoraConfig(r=4, **tiny.LORA["attention"])
     rows, tokens, _ = head_rows(build(folder, peft_config=config, **CLIP))
     assert rows == 3 * tokens
 
@@ -361,13 +401,6 @@ def test_models(tmp_path, kind):
     check_against_eager(build(tmp_path, policy, ref_model=reference, reference="copy", **CLIP))
 
 
-LORA = {
-    "attention": {"target_modules": ["q_proj", "v_proj"]},
-    "lm_head": {"target_modules": ["q_proj", "lm_head"]},
-    "saved": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
-}
-
-
 def test_prompt_tuning(folder):
     """Virtual tokens make the outputs longer than the labels."""
     peft = pytest.importorskip("peft")
@@ -382,10 +415,10 @@ def test_prompt_tuning(folder):
 
 
 @pytest.mark.parametrize("reference", ["adapter", "copy"])
-@pytest.mark.parametrize("where", LORA)
+@pytest.mark.parametrize("where", tiny.LORA)
 def test_lora(folder, where, reference):
     peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(r=4, **LORA[where])
+    config = peft.LoraConfig(r=4, **tiny.LORA[where])
     trainer = build(folder, peft_config=config, reference=reference, **CLIP)
     check_against_eager(trainer)
 
@@ -394,7 +427,7 @@ def test_lora_on_the_head_trains_and_resumes(folder, tmp_path):
     peft = pytest.importorskip("peft")
 
     def make(**options):
-        config = peft.LoraConfig(r=4, **LORA["lm_head"])
+        config = peft.LoraConfig(r=4, **tiny.LORA["lm_head"])
         return build(folder, peft_config=config, **options, **CLIP)
 
     weights = tiny.check_resuming(make, tmp_path, at=2)
@@ -402,13 +435,16 @@ def test_lora_on_the_head_trains_and_resumes(folder, tmp_path):
     assert head.abs().max() > 0
 
 
-def test_the_kinds_of_reference_agree_with_lora(folder):
+@pytest.mark.parametrize("kind", ["llama", "tied"])
+def test_the_kinds_of_reference_agree_with_lora_on_the_head(folder, kind):
+    """Tied to the embeddings or not: the adapter is the head's alone."""
     peft = pytest.importorskip("peft")
 
     def make(**options):
-        config = peft.LoraConfig(r=4, **LORA["lm_head"])
-        return build(folder, peft_config=config, max_steps=3, **options, **CLIP)
+        config = peft.LoraConfig(r=4, **tiny.LORA["lm_head"])
+        return build(folder, tiny.model(kind), peft_config=config, max_steps=3, **options, **CLIP)
 
+    check_against_eager(make())
     tiny.check_kinds_agree(make)
 
 
@@ -416,7 +452,7 @@ def test_a_peft_model_of_the_caller_s_with_a_trained_adapter(folder):
     """TRL adds a second adapter, "ref", which humanline leaves alone."""
     peft = pytest.importorskip("peft")
     policy = tiny.model(path=folder / "model")
-    policy = peft.get_peft_model(policy, peft.LoraConfig(r=4, **LORA["lm_head"]))
+    policy = peft.get_peft_model(policy, peft.LoraConfig(r=4, **tiny.LORA["lm_head"]))
     tiny.disturb(policy, seed=5)
     trainer = build(folder, policy, **CLIP)
     assert not any(".ref." in name for name in trainer.reference.snapshot)

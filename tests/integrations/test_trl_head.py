@@ -6,7 +6,7 @@ import pytest
 import torch
 import trl_tiny as tiny
 from torch.testing import assert_close
-from trl import DPOConfig, DPOTrainer
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, KTOConfig, KTOTrainer
 from trl.kernels import ChunkedLogProbFunction as TheirChunked
 from trl.trainer import utils
 
@@ -176,12 +176,36 @@ def test_patch_outlives_what_patch_trl_returns():
             trl_head._replace(getattr(trl_head, name), theirs)
 
 
-def test_unmodified_trainer_gives_the_same_numbers(tmp_path, monkeypatch):
-    options = {"use_weighting": True, "learning_rate": 0.1}
-    theirs, ours = (
-        tiny.build(DPOTrainer, DPOConfig, tmp_path, tiny.pairs(), options=options) for _ in "12"
+def reward(completions, **_):
+    """Anything that differs within a group."""
+    return [float(sum(map(ord, completion)) % 7) for completion in completions]
+
+
+def dpo(folder, **options):
+    options = {"use_weighting": True} | options
+    return tiny.build(DPOTrainer, DPOConfig, folder, tiny.pairs(), options=options)
+
+
+def kto(folder, **options):
+    options |= {"train_sampling_strategy": "sequential"}
+    return tiny.build(KTOTrainer, KTOConfig, folder, tiny.labelled(), options=options)
+
+
+def grpo(folder, **options):
+    groups = {"per_device_train_batch_size": 4, "num_generations": 4, "max_completion_length": 6}
+    options |= groups | {"beta": 0.04, "temperature": 0.8, "num_iterations": 2}
+    return tiny.build(
+        GRPOTrainer, GRPOConfig, folder, tiny.prompts(), options=options, reward_funcs=reward
     )
+
+
+# Calls of the head in a step. DPO: policy and reference. KTO: of mismatched pairs as well. GRPO:
+# the policy, and every other step both, of what was sampled.
+@pytest.mark.parametrize(("make", "calls"), [(dpo, 2), (kto, 4), (grpo, 2)])
+def test_unmodified_trainer_gives_the_same_numbers(tmp_path, monkeypatch, make, calls):
+    theirs = make(tmp_path, learning_rate=0.1)
     theirs.train()
+    ours = make(tmp_path, learning_rate=0.1)  # only now: it seeds the sampling
     rows, apply = [], trl_head.ChunkedLogProbFunction.apply
     monkeypatch.setattr(
         trl_head.ChunkedLogProbFunction,
@@ -190,9 +214,12 @@ def test_unmodified_trainer_gives_the_same_numbers(tmp_path, monkeypatch):
     )
     with hl.patch_trl():
         ours.train()
-    completions = [len(row[name]) for row in ours.train_dataset for name in COMPLETIONS]
-    assert len(rows) == 8 and max(rows) <= 4 * max(completions)  # no prompt, no padding
-    for expected, row in zip(tiny.history(theirs), tiny.history(ours), strict=True):
+    assert len(rows) == 4 * calls
+    if make is dpo:
+        completions = [len(row[name]) for row in ours.train_dataset for name in COMPLETIONS]
+        assert max(rows) <= 4 * max(completions)  # no prompt, no padding
+    histories = (tiny.history(trainer, without=["step_time"]) for trainer in (theirs, ours))
+    for expected, row in zip(*histories, strict=True):
         assert row == pytest.approx(expected, rel=1e-4, abs=1e-6)
     assert_close(tiny.weights(ours), tiny.weights(theirs), rtol=1e-4, atol=1e-6)
 

@@ -69,17 +69,24 @@ def test_off_trains_as_trl_bit_for_bit(folder, loss_type):
 def test_loss_and_gradients_are_the_objective_s(folder, loss_type):
     trainer = build(folder, loss_type=loss_type, **CLIP)
     tiny.disturb(trainer.model)
+    stats = check_against_eager(trainer, trainer.reference.model, loss_type)
+    assert loss_type != "kto" or stats["kl"] > 0
+
+
+def check_against_eager(trainer, reference, loss_type="kto"):
+    """Loss, gradients and metrics of a batch, against the models' own logits."""
     batch = tiny.batch_of(trainer)
     loss, grads, metrics = tiny.loss_and_gradients(trainer, batch)
-    truth, stats = expected(trainer.model, trainer.reference.model, batch, loss_type)
+    truth, stats = expected(trainer.model.eval(), reference, batch, loss_type)
     truth.backward()
     assert 0 < stats["humanline/unclamped"] < 1
-    assert loss_type != "kto" or stats["kl"] > 0
     assert_close(loss, truth.detach(), rtol=1e-5, atol=1e-6)
+    assert any(g.abs().max() > 1e-5 for g in grads.values())
     assert_close(grads, tiny.gradients(trainer.model), rtol=1e-4, atol=2e-6)
     for name, value in stats.items():
         if name in metrics:
             assert metrics[name] == [pytest.approx(value.item(), rel=1e-4, abs=1e-6)]
+    return stats
 
 
 def test_training_is_the_plain_loop(folder):
@@ -105,6 +112,25 @@ def test_the_kinds_of_reference_agree(folder):
 def test_resumed_run_goes_on_bit_for_bit(folder, tmp_path, kind):
     options = {"reference": kind, "max_steps": 3, **CLIP}
     tiny.check_resuming(partial(build, folder, **options), tmp_path, at=1)
+
+
+def test_evaluation_perceives_too(folder):
+    trainer = build(folder, eval_dataset=tiny.labelled(8, seed=7), **CLIP)
+    tiny.disturb(trainer.model)
+    batches = tiny.recorded(trainer)
+    metrics = trainer.evaluate()
+    with torch.no_grad():
+        results = [expected(trainer.model, trainer.reference.model, batch) for batch in batches]
+    tiny.check_evaluation(trainer, metrics, results)
+
+
+@pytest.mark.parametrize("where", tiny.LORA)
+def test_lora(folder, where):
+    peft = pytest.importorskip("peft")
+    trainer = build(folder, peft_config=peft.LoraConfig(r=4, **tiny.LORA[where]), **CLIP)
+    first = tiny.as_it_is(trainer.model)
+    tiny.disturb(trainer.model)
+    check_against_eager(trainer, first)
 
 
 def test_lora_with_evaluation_and_apply(folder):

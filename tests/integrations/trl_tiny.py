@@ -10,6 +10,7 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TQDM_DISABLE"] = "1"
 
 import datasets
+import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -105,6 +106,13 @@ def model(kind: str = "llama", path=None):
     return made
 
 
+LORA = {
+    "attention": {"target_modules": ["q_proj", "v_proj"]},
+    "lm_head": {"target_modules": ["q_proj", "lm_head"]},
+    "saved": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+}
+
+
 def _text(rng: random.Random, low: int, high: int) -> str:
     return " ".join(rng.choices(WORDS, k=rng.randint(low, high)))
 
@@ -159,6 +167,12 @@ def disturb(policy, scale: float = 0.1, seed: int = 1) -> None:
         for p in policy.parameters():
             if p.requires_grad:
                 p.add_(torch.randn(p.shape, generator=generator), alpha=scale)
+
+
+def as_it_is(policy):
+    """What the policy computes with the weights it has now, whatever they become."""
+    kept = {name: p.detach().clone() for name, p in policy.named_parameters()}
+    return lambda **inputs: torch.func.functional_call(policy, kept, kwargs=inputs)
 
 
 def batch_of(trainer) -> dict:
@@ -232,6 +246,17 @@ def plain_loop(batches, accumulation, sync_every, clip, loss_of):
                 p.sub_(OPTIONS["learning_rate"] * p.grad)
                 p.grad = None
     return policy, losses, min(unclamped)
+
+
+def check_evaluation(trainer, metrics, results) -> None:
+    """What an evaluation found is the mean over its batches; of each, loss and statistics."""
+    losses, stats = zip(*results, strict=True)
+    assert len(losses) > 1 and all(0 < s["humanline/unclamped"] < 1 for s in stats)
+    assert metrics["eval_loss"] == pytest.approx(sum(losses).item() / len(losses), rel=1e-5)
+    logged = trainer.state.log_history[-1]
+    for name in ("humanline/unclamped", "kl"):
+        mean = sum(s[name].item() for s in stats) / len(stats)
+        assert logged[f"eval_{name}"] == pytest.approx(mean, rel=1e-4)
 
 
 def check_kinds_agree(make) -> None:

@@ -1,4 +1,5 @@
-"""Run by test_trl_distributed.py: trains in as many processes as there are; the first saves."""
+"""Run by test_trl_distributed.py: trains in as many processes as there are; the first saves. Of
+KTO each rank saves, as its numbers are the rank's own."""
 
 import os
 import sys
@@ -37,8 +38,41 @@ def train(folder: Path, method: str, processes: int = 1) -> dict:
     }
 
 
+#: A rank's batch of KTO: every other one is of desirable examples alone, as the first rank's are.
+KTO_LABELS = [True, True, False, True, True, True, False, False]
+
+
+def kto(folder: Path) -> dict:
+    """A batch with its loss and metrics, before training; what was logged and the weights, after.
+
+    Once disturbed, the policy is no longer its reference, on all ranks alike.
+    """
+    data = tiny.labelled(len(KTO_LABELS)).remove_columns("label").add_column("label", KTO_LABELS)
+    options = CLIP | {"per_device_train_batch_size": 2, "max_steps": 2, "ddp_backend": "gloo"}
+    options["train_sampling_strategy"] = "sequential"
+    policy = LlamaForCausalLM.from_pretrained(folder / "model")
+    run = tiny.build(trl.HumanlineKTOTrainer, trl.HumanlineKTOConfig, folder, data, policy, options)
+    tiny.disturb(run.model)
+    disturbed, batch = tiny.weights(run), tiny.batch_of(run)
+    loss, gradients, metrics = tiny.loss_and_gradients(run, batch)
+    (point,) = metrics["kl"]
+    batches = tiny.recorded(run)
+    run.train()
+    return {
+        "disturbed": disturbed,
+        "batch": dict(batch),
+        "loss": loss,
+        "gradients": gradients,
+        "point": point,
+        "labels": [batch["label"] for batch in batches],
+        "logged": [row["loss"] for row in run.state.log_history[:-1]],
+        "weights": tiny.weights(run),
+    }
+
+
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
+    torch.save(kto(folder), folder / f"KTO-{os.environ['RANK']}.pt")
     for method in BATCH_SIZE:
         result = train(folder, method, int(os.environ["WORLD_SIZE"]))
         if os.environ["RANK"] == "0":
