@@ -37,7 +37,8 @@ def lines(config, accuracy):
             for seed, lr in runs:
                 line = {"objective": objective, "arm": arm, "seed": seed, "lr": lr}
                 line |= {"accuracy": accuracy(arm, seed, lr), "unclamped": 0.9, "sampled": 7}
-                done[pretrained.key(line)] = line | {"seconds": 60.0}
+                line |= {"cpu_seconds": 60, "device": "a CPU", "torch": "2.13.0"}
+                done[pretrained.key(line)] = line
     return done
 
 
@@ -57,3 +58,9 @@ def test_the_report_pairs_by_seed_and_names_rates_at_an_end(config):
     assert "humanline − offline: +0.100 ± 0.000; humanline − online: -0.025 ± 0.000" in text
     assert "| online | 2e-05 (an end of the list) | 0.635 ± 0.025 |" in text
     assert text.count("10.0%") == 2 * len(pretrained.ARMS)
+
+
+def test_an_objective_that_has_not_run_says_so(config):
+    done = lines(config, lambda *_: 0.5)
+    text = pretrained.report({k: r for k, r in done.items() if k[0] == "grpo"}, config)
+    assert text.endswith("## DPO\n\nNot run yet.\n") and "| humanline |" in text
