@@ -3,10 +3,43 @@
 #
 #     bench/gpu.sh [--minutes 9] [--wheels FOLDER] [--output FOLDER] [--reduced]
 #
-# Every step that is done is written down in FOLDER/done, so the same command goes on where the time
-# ran out (exit code 75). --wheels installs the peers (`pip download --no-deps` fetches them; a peer
-# that is missing is skipped and says so). --reduced runs every step start to end on a CPU.
-# FOLDER: results.json, checks.jsonl, configurations.jsonl, ncu.csv, log, done.
+# It stops when its minutes are over; the same command goes on from there. --reduced runs every step
+# start to end on a CPU. Exit code: 0 all is done; 75 time ran out; 1 all had its turn and something
+# failed, which the same command tries again; 2 nothing was started.
+#
+# The steps, the most telling first, as about half an hour is all there may be:
+#
+#   correctness               ours and eager's errors against float64, at real sizes; N·V > 2³¹
+#   bench-…-151936, …-32000   every peer at N = 8,192, bfloat16: GRPO from logits at two vocabularies,
+#                             GRPO and DPO from hidden states of width 4,096
+#   graphs, opcheck           capture and replay in a CUDA graph; torch.library.opcheck of every op
+#   ncu, dram                 bytes a logit the row kernels move, counted by the GPU
+#   sanitizer-…               every kernel on small shapes under compute-sanitizer
+#   tests-…                   tests/kernels and tests/ops, a file a step
+#   bench-gpu                 the rest of the suite: KTO, SFT, half the rows active, frozen heads, …
+#   configurations            warps to commit in kernels/launch.py
+#   bench-gpu-active, …       sweeps over active rows, logit scale, tokens
+#   report, model             what came of it
+#
+# A step that is killed because time ran out, or fails, has its next turn after all the others.
+#
+# --wheels installs the peers without their dependencies; a peer that is missing is skipped and says
+# so. `pip download --no-deps --only-binary=:all: --python-version 3.12` fetches a wheel. Beside
+# torch, Triton, numpy and what transformers and accelerate need, the peers need those of
+#
+#   trl                 trl datasets dill multiprocess xxhash pandas pyarrow
+#   liger-kernel        liger-kernel
+#   cut-cross-entropy   cut-cross-entropy
+#   quack               quack-kernels apache-tvm-ffi torch-c-dlpack-ext einops nvidia-cutlass-dsl
+#                       nvidia-cutlass-dsl-libs-{core,base,cu12,cu13} cuda-bindings cuda-pathfinder
+#                       protobuf
+#   verl                verl "tensordict>=0.8,<=0.10" "pyvers<0.2" cloudpickle orjson importlib-metadata zipp
+#                       ray click jsonschema msgpack protobuf hydra-core "omegaconf<2.4"
+#                       antlr4-python3-runtime==4.9.3 (an sdist: `pip wheel` it) torchdata codetiming
+#                       pylatexenc peft pandas pyarrow "transformers>=5.5.3,<5.11,!=5.6.0"
+#
+# FOLDER: results.json, checks.jsonl, configurations.jsonl, ncu.csv, ncu.json, log; and which steps
+# are done, failed, late (a line for each time that one ran out of time).
 set -u
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 minutes=9 wheels="" output="" reduced=""
@@ -22,6 +55,7 @@ done
 python=${PYTHON:-python3}
 export PYTHONUNBUFFERED=1
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+PATH=$PATH:/usr/local/cuda/bin # where compute-sanitizer and ncu are, if nobody said so
 
 if [ -n "$wheels" ]; then
     site=$(mktemp -d)
@@ -37,77 +71,104 @@ if [ -z "$output" ]; then
 print(torch.cuda.get_device_name() if torch.cuda.is_available() else "reduced-on-cpu")') || exit
     output=bench/results/$(tr -cs 'A-Za-z0-9\n' - <<<"$device")-$(date +%F)
 fi
-mkdir -p "$output" && touch "$output/done" || exit
+mkdir -p "$output" && touch "$output"/{done,failed,late} || exit
 end=$((SECONDS + ${minutes} * 60))
-failed=()
 
-# step NAME COMMAND…: run it unless it is done, within the time that is left
+# step NAME COMMAND…: run it within the time that is left, if it is its turn
 step() {
     local name=$1 left=$((end - SECONDS)) code
     shift
-    grep -qx "$name" "$output/done" && return
+    if times done || times failed || times late "$turn"; then return; fi
     if ((left < 20)); then stop; fi
     echo "== $name ($left s left)" | tee -a "$output/log"
     timeout --signal=INT --kill-after=10 "$left" "$@" 2>&1 | tee -a "$output/log"
     code=${PIPESTATUS[0]}
+    if ((code == 137 && SECONDS < end)); then code="137: killed, out of memory?"; fi
     case $code in
     0) echo "$name" >>"$output/done" ;;
-    75 | 124 | 137) stop ;;
-    *) failed+=("$name"); echo "$name" >>"$output/done"; echo "FAILED $name ($code)" | tee -a "$output/log" ;;
+    75) stop ;; # it saved what it has, and goes on next
+    124 | 137) echo "$name" >>"$output/late"; stop ;;
+    *) echo "$name" >>"$output/failed"; echo "FAILED $name ($code)" | tee -a "$output/log" ;;
     esac
 }
+# times FILE [N]: whether $name is written in FILE, more than N times
+times() { (($(grep -cxF -e "$name" "$output/$1") > ${2:-0})); }
 stop() {
     echo "gpu.sh: time is up; the same command with --output $output goes on" >&2
     exit 75
 }
-# with_tool NAME TOOL COMMAND…: a step that needs a program of the CUDA toolkit
-with_tool() {
-    local name=$1 tool=$2
-    shift 2
-    if command -v "$tool" >/dev/null; then step "$name" "$@"; else
-        step "$name" echo "skipped: $tool is not on the PATH"
-    fi
+# under NAME TOOL OPTIONS… -- COMMAND…: a step in a program of the CUDA toolkit; --reduced can do
+# without
+under() {
+    local name=$1 tool=()
+    shift
+    while [ "$1" != -- ]; do tool+=("$1"); shift; done
+    shift
+    if command -v "${tool[0]}" >/dev/null; then step "$name" "${tool[@]}" "$@"
+    elif [ -n "$reduced" ]; then step "$name" "$@"
+    else step "$name" echo "skipped: ${tool[0]} is not on the PATH"; fi
 }
-gpu() { echo "$python" -m bench.gpu "$@" $reduced --output "$output"; }
-suite() { # a bench suite, which saves case by case and goes on by itself
+gpu() { # NAME FUNCTION: a step of bench/gpu.py
+    step "$1" "$python" -m bench.gpu "$2" $reduced --output "$output"
+}
+bench() { # NAME REPEATS OPTIONS…: results are saved one by one, and it goes on by itself
     local name=$1 repeats=$2
     shift 2
-    step "bench-$name" "$python" -m bench --suite "$name" --output "$output/results.json" \
+    step "bench-$name" "$python" -m bench --output "$output/results.json" \
         --seconds $((end - SECONDS - 60)) --repeats "$repeats" "$@"
 }
 
-step environment "$python" -m humanline.cli doctor
-if [ -n "$reduced" ]; then
-    step kernel-tests "$python" -m pytest -q -p no:cacheprovider tests/ops/test_gemms.py
-else
-    step kernel-tests "$python" -m pytest -q -p no:cacheprovider tests/kernels tests/ops
-fi
-step correctness $(gpu correctness)
-step opcheck $(gpu ops)
-step graphs $(gpu graphs)
-for check in memcheck racecheck; do
-    with_tool "sanitizer-$check" compute-sanitizer \
-        compute-sanitizer --tool "$check" --error-exitcode 1 "$python" -m bench.gpu kernels --reduced
-done
-if [ -n "$reduced" ]; then
-    suite smoke 1 --peers 'bare GEMMs' eager humanline
-else
-    suite gpu 5
-fi
-with_tool ncu ncu ncu --csv --clock-control none --kernel-name 'regex:_forward|_backward|_token_loss|_scale' \
-    --metrics dram__bytes_read.sum,dram__bytes_write.sum,gpu__time_duration.sum \
-    --log-file "$output/ncu.csv" $(gpu kernels)
-step configurations $(gpu configurations)
-if [ -z "$reduced" ]; then
-    suite gpu-active 3
-    suite gpu-scale 1
-    suite gpu-tokens 3
-fi
-step report "$python" -m bench --show "$output/results.json"
-step model "$python" -m bench.model "$output/results.json"
+steps() {
+    step environment "$python" -m humanline.cli doctor
+    gpu correctness correctness
+    if [ -n "$reduced" ]; then
+        bench smoke 1 --suite smoke --peers 'bare GEMMs' eager humanline
+    else
+        local case=(--tokens 8192 --hidden 4096 --dtype bfloat16) # of the suite "gpu" too, but 32,000
+        bench grpo-logits-151936 5 --objective grpo --entry logits --vocab 151936 "${case[@]}"
+        bench grpo-logits-32000 5 --objective grpo --entry logits --vocab 32000 "${case[@]}"
+        bench grpo-hidden-151936 5 --objective grpo --entry hidden --vocab 151936 "${case[@]}"
+        bench dpo-hidden-151936 5 --objective dpo --entry hidden --vocab 151936 "${case[@]}"
+    fi
+    gpu graphs graphs
+    gpu opcheck ops
+    under ncu ncu --csv --print-units base --clock-control none --profile-from-start no \
+        --kernel-name 'regex:^_(forward|backward|token_loss|scale)' \
+        --metrics dram__bytes_read.sum,dram__bytes_write.sum,gpu__time_duration.sum \
+        --log-file "$output/ncu.csv" -- "$python" -m bench.gpu kernels $reduced --output "$output"
+    gpu dram dram
+    local check file checks=(memcheck racecheck)
+    if [ -n "$reduced" ]; then checks=(memcheck); fi # without the tool they are the same
+    for check in "${checks[@]}"; do # each tensor in memory of its own, or memcheck sees no edges
+        PYTORCH_NO_CUDA_MEMORY_CACHING=1 under "sanitizer-$check" \
+            compute-sanitizer --tool "$check" --error-exitcode 1 -- \
+            "$python" -m bench.gpu small $reduced --output "$output"
+    done
+    local files=(tests/{kernels,ops}/test_*.py)
+    if [ -n "$reduced" ]; then files=(tests/ops/test_gemms.py); fi
+    for file in "${files[@]}"; do
+        step "tests-$(basename "$file" .py)" "$python" -m pytest -q -p no:cacheprovider "$file"
+    done
+    if [ -z "$reduced" ]; then bench gpu 5 --suite gpu; fi
+    gpu configurations configurations
+    if [ -z "$reduced" ]; then
+        bench gpu-active 3 --suite gpu-active
+        bench gpu-scale 1 --suite gpu-scale
+        bench gpu-tokens 3 --suite gpu-tokens
+    fi
+    step report "$python" -m bench --show "$output/results.json"
+    step model "$python" -m bench.model "$output/results.json"
+}
 
-if ((${#failed[@]})); then
-    echo "gpu.sh: FAILED: ${failed[*]}; see $output/log" >&2
+if ! "$python" -m bench.gpu machine --output "$output"; then
+    echo "gpu.sh: name another folder with --output" >&2
+    exit 2
+fi
+for ((turn = 0; turn <= $(wc -l <"$output/late"); turn++)); do steps; done
+
+if [ -s "$output/failed" ]; then
+    echo "gpu.sh: FAILED:" $(<"$output/failed")"; see $output/log; the same command tries again" >&2
+    : >"$output/failed"
     exit 1
 fi
 echo "gpu.sh: all done; see $output, then: python -m bench.plots, python -m bench.readme"

@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from bench.cases import Case
 from bench.environment import environment
 from bench.measure import Result, measure
@@ -22,6 +24,7 @@ from humanline.training.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 MARK = "humanline-bench-result "  # other lines of a child's output are the libraries'
+LOST = 74  # exit code of a child that has told all it can, for its device is lost
 SAME = ("device", "torch", "humanline", "threads")  # else results do not belong in one file
 
 
@@ -65,8 +68,11 @@ class Results:
         return found
 
     def add(self, result: Result) -> None:
-        """Append, and write the whole file anew, so that a kill leaves a good one."""
         self.results.append(result)
+        self.save()
+
+    def save(self) -> None:
+        """Write the whole file anew, so that a kill leaves a good one."""
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             part = self.path.with_suffix(".part")
@@ -136,7 +142,10 @@ def _line(result: Result) -> str:
 
 
 def _in_child(case: Case, peers: Sequence[Peer], device: str, repeats: int):
-    """Results of some peers, one by one; a crash becomes the result of the peer it happened in."""
+    """Results of some peers, one by one; a crash becomes the result of the peer it happened in.
+
+    They end early where the child could not go on after an error that it told.
+    """
     task = {"case": asdict(case), "device": device, "repeats": repeats}
     task["peers"] = [p.name for p in peers]
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
@@ -159,7 +168,7 @@ def _in_child(case: Case, peers: Sequence[Peer], device: str, repeats: int):
         except BaseException:
             child.kill()
             raise
-    if finished < len(peers):
+    if child.returncode != LOST and finished < len(peers):
         why_not = f"died with exit code {child.returncode}: {last[:200]}"
         yield Result(case, peers[finished].name, why_not)
 
@@ -175,6 +184,19 @@ def _child(task: dict[str, Any]) -> None:
             reason = (str(error).strip().splitlines() or [""])[0][:200]
             result = Result(case, peer.name, f"{type(error).__name__}: {reason}")
         print(f"\n{MARK}{json.dumps(asdict(result))}", flush=True)
+        if result.why_not is not None and device_is_lost(task["device"]):
+            os._exit(LOST)  # at once: clearing up would fail as well
+
+
+def device_is_lost(device: str) -> bool:
+    """Whether an error, such as an illegal access, stays with all that this process asks of it."""
+    if not device.startswith("cuda"):
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""`bench/gpu.sh` works before there is a GPU: its reduced form, taken up where time ran out."""
+"""`bench/gpu.sh` works before there is a GPU: its reduced form, taken up where time ran out.
+
+Most of it needs no benchmark: a stand-in for Python notes what is run, and ends as it is told to.
+"""
 
 import json
 import os
@@ -38,18 +41,94 @@ def test_the_reduced_form_runs_start_to_end(tmp_path):
     checks = [json.loads(line) for line in (tmp_path / "checks.jsonl").read_text().splitlines()]
     assert all(check.get("passed", True) for check in checks)
     names = {check["check"].split(",")[0] for check in checks}
-    assert {"correctness", "opcheck token_logps", "CUDA graphs of token_logps"} <= names
+    assert {"correctness", "far offsets", "row kernels", "every kernel on small shapes"} <= names
+    assert {"opcheck token_logps", "CUDA graphs of token_logps"} <= names
     results = Results.load(tmp_path / "results.json").results
     assert {r.peer for r in results if r.seconds} == {"bare GEMMs", "eager", "humanline"}
     assert "bfloat16" in (tmp_path / "configurations.jsonl").read_text()
 
-    log = (tmp_path / "log").read_text()
-    again = gpu_sh("--reduced", "--output", tmp_path)  # all is done: nothing runs
-    assert again.returncode == 0 and (tmp_path / "log").read_text() == log
+
+def test_results_of_another_machine_are_not_gone_on_with(tmp_path):
+    (tmp_path / "results.json").write_text('{"environment": {"device": "another"}, "results": []}')
+    done = gpu_sh("--reduced", "--output", tmp_path)
+    assert done.returncode == 2 and "measured with {'device': 'another'" in done.stderr
+    assert (tmp_path / "done").read_text() == "" and not (tmp_path / "log").exists()
 
 
-def test_a_failed_step_is_told_and_does_not_stop_the_others(tmp_path):
-    before = "environment kernel-tests correctness opcheck graphs bench-smoke configurations"
-    (tmp_path / "done").write_text("\n".join(before.split()) + "\n")
-    done = gpu_sh("--reduced", "--output", tmp_path)  # no results.json to show
-    assert done.returncode == 1 and "FAILED: report model" in done.stderr
+@pytest.fixture
+def run(tmp_path):
+    """Runs gpu.sh; returns it and its steps' commands. ``ends`` maps part of a command to how the
+    command ends."""
+    python, calls = tmp_path / "python", tmp_path / "calls"
+
+    def run(ends, *options):
+        cases = "".join(f"*'{part}'*) exit {code};;\n" for part, code in ends.items())
+        note = 'echo "$*" >>"${0%/*}/calls"\n'
+        python.write_text(f'#!/bin/sh\n{note}case "$*" in\n{cases}esac\n')
+        python.chmod(0o755)
+        calls.write_text("")
+        done = gpu_sh(*options or ["--reduced"], "--output", tmp_path, PYTHON=python)
+        return done, [c for c in calls.read_text().splitlines() if "bench.gpu machine" not in c]
+
+    return run
+
+
+def test_a_failed_step_is_told_and_tried_again_after_all_the_others(run):
+    done, calls = run({"gpu graphs": 1, "gpu correctness": 137})
+    assert done.returncode == 1 and "FAILED: correctness graphs;" in done.stderr
+    assert "bench.model" in calls[-1]
+
+    done, calls = run({"gpu graphs": 1})
+    assert done.returncode == 1 and "FAILED: graphs;" in done.stderr
+    assert ["gpu correctness" in calls[0], "gpu graphs" in calls[1]] == [True, True]
+
+    done, calls = run({})
+    assert done.returncode == 0 and len(calls) == 1
+    done, calls = run({})  # all is done: nothing runs
+    assert done.returncode == 0 and calls == []
+
+
+def test_a_failed_step_does_not_hold_up_what_time_left_over(run):
+    assert run({"gpu correctness": 1, "gpu ops": 75})[0].returncode == 75
+    done, calls = run({})
+    assert done.returncode == 1 and "FAILED: correctness;" in done.stderr
+    assert "gpu ops" in calls[0] and not any("gpu correctness" in c for c in calls)
+
+
+def test_a_step_that_is_too_long_goes_on_after_the_others(run):
+    done, calls = run({"gpu correctness": 124})
+    assert done.returncode == 75 and "gpu correctness" in calls[-1]
+    done, calls = run({"gpu correctness": 124, "gpu graphs": 124})  # 124: killed by the time limit
+    assert done.returncode == 75 and "gpu graphs" in calls[-1]
+
+    done, calls = run({"gpu correctness": 124})
+    assert done.returncode == 75 and "bench.model" in calls[-2] and "gpu correctness" in calls[-1]
+    done, calls = run({})
+    assert done.returncode == 0
+    assert ["gpu graphs" in calls[0], "gpu correctness" in calls[1]] == [True, True]
+
+
+def test_a_step_that_saved_its_work_goes_on_at_once(run):
+    done, calls = run({"--suite smoke": 75})
+    assert done.returncode == 75 and "--suite smoke" in calls[-1]
+    done, calls = run({})
+    assert done.returncode == 0 and "--suite smoke" in calls[0]
+
+
+def test_the_full_form_takes_the_most_telling_first(run):
+    done, calls = run({}, "--minutes", "9")  # the stand-in finds a GPU
+    assert done.returncode == 0, done.stderr
+    order = [
+        "gpu correctness",
+        "--objective grpo --entry logits --vocab 151936",
+        "--objective grpo --entry logits --vocab 32000",
+        "--objective grpo --entry hidden --vocab 151936",
+        "--objective dpo --entry hidden --vocab 151936",
+        "gpu graphs",
+        "tests/kernels/test_linear_logps.py",
+        "tests/ops/test_capturable.py",
+        "--suite gpu-tokens",
+        "bench.model",
+    ]
+    places = [next(i for i, call in enumerate(calls) if part in call) for part in order]
+    assert places == sorted(places)
