@@ -1,6 +1,6 @@
 """What the compiler makes of every kernel, without a GPU: registers, spills, memory access.
 
-    python bench/compile_report.py [--vocab 151936] [--dtype bf16] [--targets sm_80,sm_90,...]
+    python bench/compile_report.py [--vocab 151936] [--dtype bf16] [--targets sm_80,...] [--json F]
 
 Compiles each kernel as its launcher would for rows of this vocabulary and reads the machine code.
 Rows are assumed to be aligned to 16 bytes, which Triton makes sure of when their length and stride
@@ -8,11 +8,13 @@ are multiples of 16 elements; ``--unaligned`` shows what any other costs.
 """
 
 import argparse
+import json
 import os
 import re
 import subprocess
 import tempfile
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "0"  # before Triton is imported: the compiler, not the interpreter
 
@@ -260,16 +262,26 @@ def main() -> None:
     parser.add_argument("--dtype", choices=TORCH_DTYPES, default="bf16")
     parser.add_argument("--targets", default=",".join(TARGETS))
     parser.add_argument("--unaligned", action="store_true")
+    parser.add_argument("--json", type=Path, help="also write the results here")
     args = parser.parse_args()
+    aligned = not args.unaligned and args.vocab % 16 == 0
     print(f"Triton {triton.__version__}, V={args.vocab}, {args.dtype}")
     print(f"{'kernel':20s} {'target':7s} {'regs':>5s} {'spills':>6s} {'smem':>6s} load store")
+    reports = []
     for name in (*VARIANTS, *GEMMS):
         for target in args.targets.split(","):
-            r = compile_variant(name, target, args.vocab, args.dtype, not args.unaligned)
+            r = compile_variant(name, target, args.vocab, args.dtype, aligned)
             print(
                 f"{r.name:20s} {r.target:7s} {r.registers:5d} {r.spills:6d} {r.shared_bytes:6d} "
                 f"{r.load_bytes:4d} {r.store_bytes:5d} {' '.join(r.instructions)}"
             )
+            reports.append(asdict(r))
+    if args.json:
+        commit = _run("git", "describe", "--always", "--dirty").strip()
+        about = {"triton": triton.__version__, "torch": torch.__version__, "commit": commit}
+        about |= {"vocab": args.vocab, "dtype": args.dtype, "aligned": aligned}
+        lines = ",\n".join(map(json.dumps, reports))  # a kernel a line
+        args.json.write_text(f'{{"environment": {json.dumps(about)},\n"results": [\n{lines}\n]}}\n')
 
 
 if __name__ == "__main__":
