@@ -1,18 +1,20 @@
 """What the compiler makes of every kernel, without a GPU: registers, spills, memory access.
 
-    python bench/compile_report.py [--vocab 151936] [--dtype bf16] [--targets sm_80,sm_90,...]
+    python bench/compile_report.py [--vocab 151936] [--dtype bf16] [--targets sm_80,...] [--json F]
 
 Compiles each kernel as its launcher would for rows of this vocabulary and reads the machine code.
-Rows are assumed to be aligned to 16 bytes, as they are when the row stride is a multiple of 8
-half-precision or 4 single-precision elements; ``--unaligned`` shows what an odd row stride costs.
+Rows are assumed to be aligned to 16 bytes, which Triton makes sure of when their length and stride
+are multiples of 16 elements; ``--unaligned`` shows what any other costs.
 """
 
 import argparse
+import json
 import os
 import re
 import subprocess
 import tempfile
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "0"  # before Triton is imported: the compiler, not the interpreter
 
@@ -54,6 +56,8 @@ VARIANTS = {
     "loss, clipped": (token_loss._token_loss, {"KIND": 0, "PENALTY": 0, "ENTROPY": False}),
     "loss, clipped, KL": (token_loss._token_loss, {"KIND": 0, "PENALTY": 3, "ENTROPY": False}),
     "loss, entropy": (token_loss._token_loss, {"KIND": 0, "PENALTY": 3, "ENTROPY": True}),
+    "loss, CISPO, k1": (token_loss._token_loss, {"KIND": 1, "PENALTY": 1, "ENTROPY": False}),
+    "loss, SAPO, k3": (token_loss._token_loss, {"KIND": 2, "PENALTY": 2, "ENTROPY": False}),
     "loss, NLL": (token_loss._token_loss, {"KIND": 3, "PENALTY": 0, "ENTROPY": False}),
     "block, softmax": (head_rows._softmax, PLAIN),
     "block, softmax, all": (head_rows._softmax, {"SOFTCAP": True, "ENTROPY": True}),
@@ -87,8 +91,12 @@ INSTRUCTIONS = {
 
 @dataclass(frozen=True)
 class Report:
-    """Of one compiled kernel; ``load_bytes`` is the widest global load a thread makes,
-    ``instructions`` those of INSTRUCTIONS that it has."""
+    """Of one compiled kernel.
+
+    ``load_bytes`` is what a thread loads at a time: the narrowest load of a row, which only those
+    give a cache policy; the widest load of all where there is no row or (AMD) no such mark.
+    ``store_bytes`` is the widest store, ``instructions`` those of INSTRUCTIONS that it has.
+    """
 
     name: str
     target: str
@@ -106,7 +114,8 @@ def compile_variant(name: str, target: str, vocab: int, dtype: str, aligned: boo
         return _compile_gemm(name, target, dtype, aligned)
     function, constants = VARIANTS[name]
     # Between a head's GEMMs logits are float32, whatever the GEMMs are in.
-    config = row_config(vocab, TORCH_DTYPES["fp32" if "z_ptr" in function.arg_names else dtype])
+    logits = TORCH_DTYPES["fp32" if "z_ptr" in function.arg_names else dtype]
+    config = row_config(vocab, logits, aligned)
     warps = config.pop("num_warps")
     if "LANES" not in function.arg_names:
         warps = 8 if name == "scale" else 4
@@ -206,18 +215,18 @@ def _read_nvidia(compiled) -> dict:
         file.flush()
         usage = _run(f"{tools}/cuobjdump", "--dump-resource-usage", file.name)
         code = _run(f"{tools}/cuobjdump", "-sass", file.name)
-    widths = {"": 4, ".64": 8, ".128": 16, ".256": 32, ".U16": 2, ".U8": 1, ".S16": 2}
+    widths = {"64": 8, "128": 16, "256": 32, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
 
-    def widest(instruction: str) -> int:
-        found = re.findall(rf"\b{instruction}\.E([.\w]*)", code)
-        sizes = (re.search(r"\.(256|128|64|U16|S16|U8)\b", f) for f in found)
-        return max((widths["." + m.group(1)] if m else 4 for m in sizes), default=0)
+    def sizes(access: str) -> list[int]:
+        found = (f.split(".") for f in re.findall(rf"\b{access}((?:\.\w+)*)", code))
+        return [next((widths[w] for w in f if w in widths), 4) for f in found]
 
+    of_rows = sizes(r"LDG\.E\.E[FL]")  # evict_first, evict_last
     return {
         "registers": int(re.search(r"REG:(\d+)", usage).group(1)),
         "spills": len(re.findall(r"\b(?:LDL|STL)\b", code)),
-        "load_bytes": widest("LDG"),
-        "store_bytes": widest("STG"),
+        "load_bytes": min(of_rows) if of_rows else max(sizes("LDG"), default=0),
+        "store_bytes": max(sizes("STG"), default=0),
         "instructions": _instructions(code),
     }
 
@@ -253,16 +262,26 @@ def main() -> None:
     parser.add_argument("--dtype", choices=TORCH_DTYPES, default="bf16")
     parser.add_argument("--targets", default=",".join(TARGETS))
     parser.add_argument("--unaligned", action="store_true")
+    parser.add_argument("--json", type=Path, help="also write the results here")
     args = parser.parse_args()
+    aligned = not args.unaligned and args.vocab % 16 == 0
     print(f"Triton {triton.__version__}, V={args.vocab}, {args.dtype}")
     print(f"{'kernel':20s} {'target':7s} {'regs':>5s} {'spills':>6s} {'smem':>6s} load store")
+    reports = []
     for name in (*VARIANTS, *GEMMS):
         for target in args.targets.split(","):
-            r = compile_variant(name, target, args.vocab, args.dtype, not args.unaligned)
+            r = compile_variant(name, target, args.vocab, args.dtype, aligned)
             print(
                 f"{r.name:20s} {r.target:7s} {r.registers:5d} {r.spills:6d} {r.shared_bytes:6d} "
                 f"{r.load_bytes:4d} {r.store_bytes:5d} {' '.join(r.instructions)}"
             )
+            reports.append(asdict(r))
+    if args.json:
+        commit = _run("git", "describe", "--always", "--dirty").strip()
+        about = {"triton": triton.__version__, "torch": torch.__version__, "commit": commit}
+        about |= {"vocab": args.vocab, "dtype": args.dtype, "aligned": aligned}
+        lines = ",\n".join(map(json.dumps, reports))  # a kernel a line
+        args.json.write_text(f'{{"environment": {json.dumps(about)},\n"results": [\n{lines}\n]}}\n')
 
 
 if __name__ == "__main__":

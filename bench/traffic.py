@@ -81,7 +81,19 @@ def counted():
         GridExecutor.__call__ = call
 
 
-OBJECTIVES = {"GRPO": hl.GRPO(perception=hl.Clip(-1, 1)), "DPO": hl.DPO(perception=hl.Clip(-1, 1))}
+CLIP = hl.Clip(-1, 1)
+OBJECTIVES = {
+    "GRPO": hl.GRPO(perception=CLIP),
+    "GRPO+H": hl.GRPO(perception=CLIP, entropy_coef=0.01),  # no completion row drops out
+    "SFT": hl.SFT(),  # nor here
+    "DPO": hl.DPO(perception=CLIP),
+    "KTO": hl.KTO(perception=CLIP),
+}
+BATCH = {
+    "GRPO": {"advantages": torch.tensor([1.0, -1.0])},
+    "GRPO+H": {"advantages": torch.tensor([1.0, -1.0])},
+    "KTO": {"desirable": torch.tensor([True, False]), "z0": 0.1},
+}
 
 
 def measure(
@@ -91,12 +103,14 @@ def measure(
     masked: float = 0.0,
     vocab: int = 8192,
     rows: int = 16,
+    upstream: float = 1.0,
 ) -> dict[str, float]:
     """Bytes a logit of forward and backward.
 
     Args:
         active: fraction of the completion rows whose log-ratio lies within the clip bounds.
         masked: fraction of all rows outside the completion.
+        upstream: the incoming gradient of the loss.
     """
     logits = torch.randn(2, rows // 2, vocab).to(dtype)
     labels = torch.randint(0, vocab, logits.shape[:-1])
@@ -105,31 +119,31 @@ def measure(
     labels[:, : round(masked * per_sequence)] = -100
     completion = per_sequence - round(masked * per_sequence)
     ref_logps[:, per_sequence - round((1 - active) * completion) :] += 5
-    extra = {"advantages": torch.tensor([1.0, -1.0])} if name == "GRPO" else {}
     logits.requires_grad_()
     with counted() as traffic:
         loss, stats = OBJECTIVES[name].from_logits(
-            logits, labels, ref_logps, backend="triton", **extra
+            logits, labels, ref_logps, backend="triton", **BATCH.get(name, {})
         )
-        loss.backward()
+        loss.backward(torch.tensor(upstream))
+    active = 1.0 if name in ("GRPO+H", "SFT") else active
     assert stats["humanline/active_rows"] == 2 * round(active * completion)
     return traffic.per_logit(logits)
 
 
 def main() -> None:
-    print(f"{'objective':10s}{'dtype':>10s}{'active':>8s}{'masked':>8s}", end="")
-    for i, (name, dtype, (active, masked)) in enumerate(
+    print(f"{'objective':10s}{'dtype':>10s}{'active':>8s}{'masked':>8s}{'upstream':>9s}", end="")
+    for i, (name, dtype, (active, masked, upstream)) in enumerate(
         product(
             OBJECTIVES,
-            (torch.bfloat16, torch.float32),
-            ((1.0, 0.0), (0.5, 0.0), (0.0, 0.0), (1.0, 0.5)),
+            (torch.bfloat16, torch.float16, torch.float32),
+            ((1.0, 0.0, 1.0), (0.5, 0.0, 1.0), (0.0, 0.0, 1.0), (1.0, 0.5, 1.0), (1.0, 0.0, 0.3)),
         )
     ):
-        result = measure(name, dtype, active, masked)
+        result = measure(name, dtype, active, masked, upstream=upstream)
         if i == 0:
             print("".join(f"{column:>11s}" for column in result), "  bytes per logit")
         values = "".join(f"{x:11.3f}" for x in result.values())
-        print(f"{name:10s}{str(dtype)[6:]:>10s}{active:8.2f}{masked:8.2f}{values}")
+        print(f"{name:10s}{str(dtype)[6:]:>10s}{active:8.2f}{masked:8.2f}{upstream:9.1f}{values}")
 
 
 if __name__ == "__main__":

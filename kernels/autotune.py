@@ -5,7 +5,7 @@ from functools import lru_cache
 import torch
 from triton.testing import do_bench
 
-from .launch import row_tile
+from .launch import RowTensor, row_tile
 from .token_logps import _forward
 
 WARPS = (4, 8, 16, 32)
@@ -50,7 +50,7 @@ def time_warps(vocab: int, dtype: torch.dtype, index: int | None, rows: int = RO
 
     times = {}
     for warps in WARPS:
-        config = row_tile(warps, dtype)
+        config = row_tile(warps, dtype, RowTensor.of(logits).aligned)
         if index is None:
             launch(config)
             times[warps] = 0.0

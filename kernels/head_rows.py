@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import dense, row_config
+from .launch import RowTensor, dense, row_config
 from .rows import (
     LOG2E,
     inverse_temperature,
@@ -150,7 +150,7 @@ class HeadRows:
         self._constants = {
             "TEMPERATURE_PER_ROW": temperature.dim() > 0,
             "SOFTCAP": logit_softcap is not None,
-            **row_config(z.shape[1], z.dtype),
+            **row_config(z.shape[1], z.dtype, RowTensor.of(z).aligned),
         }
         self.logps, self._max, self._sum = (z.new_empty(len(z)) for _ in range(3))
         self.entropy = torch.empty_like(self.logps) if with_entropy else None

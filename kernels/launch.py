@@ -37,6 +37,13 @@ class RowTensor:
         return cls(x, rows, x.shape[1], x.stride(0) // max(x.stride(1), 1), x.stride(1))
 
     @property
+    def aligned(self) -> bool:
+        """Whether every row can be loaded 16 bytes at a time, of which Triton makes sure by what
+        16 divides: the address, the distance of two rows, and their length."""
+        numbers = self.data.data_ptr(), self.row_stride, self.data.shape[-1]
+        return all(number % 16 == 0 for number in numbers)
+
+    @property
     def arguments(self) -> tuple:
         return self.data, self.rows_per_batch, self.batch_stride_rows, self.row_stride
 
@@ -58,6 +65,10 @@ ROW_WARPS: dict[str, dict[int, int]] = {
     "any": {4_096: 4, 16_384: 8, 65_536: 16, sys.maxsize: 32},
 }
 
+# Bytes of a row that a thread takes a step. Of an aligned one, two 16-byte loads in flight; another
+# is loaded an element at a time, and the elements of a longer step do not fit into 64 registers.
+LANE_BYTES = {"aligned": 32, "unaligned": 16}
+
 
 @lru_cache
 def device_key(index: int | None) -> str:
@@ -69,30 +80,35 @@ def device_key(index: int | None) -> str:
     return "sm_{}{}".format(*torch.cuda.get_device_capability(index))
 
 
-def row_config(vocab: int, dtype: torch.dtype) -> dict[str, int]:
+def row_config(vocab: int, dtype: torch.dtype, aligned: bool) -> dict[str, int]:
     """Tile and warps for rows of this length, on the current device.
 
     A long row gets 1,024 threads, so that one program fills an SM: with a row of 300 kB to each of
-    132 SMs, the second read finds the row in L2. 32 bytes a thread and step keep two 16-byte loads
-    in flight. Tuned only if asked for, by ``HUMANLINE_AUTOTUNE=1``: the fastest differs from run to
-    run, and with it the last bits of a sum.
+    132 SMs, the second read finds the row in L2. Tuned only if asked for, by
+    ``HUMANLINE_AUTOTUNE=1``: the fastest differs from run to run, and with it the last bits of a
+    sum.
+
+    Args:
+        aligned: see :attr:`RowTensor.aligned`.
     """
     index = torch.cuda.current_device() if torch.cuda.is_available() else None
     if index is not None and os.environ.get("HUMANLINE_AUTOTUNE") == "1":
         from .autotune import fastest_warps
 
-        return row_tile(fastest_warps(vocab, dtype, index), dtype)
+        return row_tile(fastest_warps(vocab, dtype, index), dtype, aligned)
     by_length = ROW_WARPS.get(device_key(index), ROW_WARPS["any"])
-    return row_tile(next(w for length, w in by_length.items() if vocab <= length), dtype)
+    warps = next(w for length, w in by_length.items() if vocab <= length)
+    return row_tile(warps, dtype, aligned)
 
 
-def row_tile(warps: int, dtype: torch.dtype) -> dict[str, int]:
+def row_tile(warps: int, dtype: torch.dtype, aligned: bool) -> dict[str, int]:
     """The launch arguments for so many warps of 32 threads."""
     lanes = 32 * warps
     if torch.version.hip:  # 64 lanes a warp, 1,024 threads at most
         warps = max(warps // 2, 1)
         lanes = 64 * warps
-    return {"LANES": lanes, "PER_LANE": 32 // max(dtype.itemsize, 2), "num_warps": warps}
+    per_lane = LANE_BYTES["aligned" if aligned else "unaligned"] // max(dtype.itemsize, 2)
+    return {"LANES": lanes, "PER_LANE": per_lane, "num_warps": warps}
 
 
 @dataclass(frozen=True)

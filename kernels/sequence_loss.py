@@ -45,8 +45,9 @@ def sequence_rows(cu_seqlens_ptr, rows_per_sequence, sequence, PACKED: tl.conste
 def log_ratios(logps_ptr, ref_ptr, mask_ptr, rows, inside):
     """Log-probs, log-ratios and mask of some rows; 0 where masked."""
     mask = tl.load(mask_ptr + rows, inside, other=0) != 0
-    logps = tl.load(logps_ptr + rows, mask, other=0.0)
-    return logps, logps - tl.load(ref_ptr + rows, mask, other=0.0), mask
+    logps = tl.load(logps_ptr + rows, mask, other=0.0).to(tl.float32)
+    ref = tl.load(ref_ptr + rows, mask, other=0.0).to(tl.float32)  # the caller's may be float64
+    return logps, logps - ref, mask
 
 
 @triton.jit
@@ -199,7 +200,8 @@ def sequence_loss(
     """Coefficients of all rows, and what the batch reports.
 
     Args:
-        logps, ref_logps: float32 ``[N]``.
+        logps: float32 ``[N]``.
+        ref_logps: the same; computed with in float32 whatever its dtype.
         mask: completion rows, bool ``[N]``.
         kind: one of ``KINDS``.
         num_sequences: of pairs, the chosen come in the first half. Unless packed, all are of the

@@ -148,7 +148,7 @@ def token_logps_forward(
                 logits.shape[-1],
                 TEMPERATURE_PER_ROW=temperature.dim() > 0,
                 ENTROPY=with_entropy,
-                **row_config(logits.shape[-1], logits.dtype),
+                **row_config(logits.shape[-1], logits.dtype, rows.aligned),
             )
     return logps, entropy, row_max, row_sum
 
@@ -183,6 +183,6 @@ def token_logps_backward(
                 logits.shape[-1],
                 TEMPERATURE_PER_ROW=temperature.dim() > 0,
                 ENTROPY=g_entropy is not None,
-                **row_config(logits.shape[-1], logits.dtype),
+                **row_config(logits.shape[-1], logits.dtype, rows.aligned),
             )
     return grad

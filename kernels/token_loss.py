@@ -207,6 +207,6 @@ def token_loss(
                 ON_POLICY=anchor is None,
                 TEMPERATURE_PER_ROW=temperature.dim() > 0,
                 ENTROPY=entropy is not None,
-                **row_config(logits.shape[-1], logits.dtype),
+                **row_config(logits.shape[-1], logits.dtype, rows.aligned),
             )
     return loss, g, logps, entropy

@@ -170,6 +170,9 @@ class Objective:
             cu_seqlens, backend, **batch: see :meth:`from_logps`.
             inplace: let the gradient overwrite ``logits``, which spares a buffer of their size.
                 Token-level objectives only. Autograd raises if anything still needs the logits.
+                Spares nothing with float16 logits or under ``torch.compile``, where the gradient
+                is not formed in the forward. On the Triton backend an objective without a device
+                function is then computed in blocks by torch, which is slower.
 
         Returns, raises: see :meth:`from_logps`.
         """

@@ -42,8 +42,8 @@ def logits_objective(
     if not wanted or not token_level or torch.compiler.is_compiling():
         return None
     kernel_arguments = problem.kernel_arguments() if backend == "triton" else None
-    if backend == "triton" and kernel_arguments is None:
-        return None
+    if backend == "triton" and kernel_arguments is None and not inplace:
+        return None  # the log-prob kernels are faster than blocks in torch, but need a buffer
     if inplace:
         _check_inplace(logits)
     return _LogitsObjective.apply(
@@ -72,7 +72,7 @@ class _LogitsObjective(torch.autograd.Function):
     @staticmethod
     @autograd.forward
     def forward(ctx, logits, labels, temperature, problem, kernel_arguments, inplace):
-        ctx.by_kernel, ctx.spent = kernel_arguments is not None, False
+        ctx.by_kernel, ctx.inplace, ctx.spent = kernel_arguments is not None, inplace, False
         out = (
             logits.detach()
             if inplace
@@ -99,6 +99,9 @@ class _LogitsObjective(torch.autograd.Function):
         if ctx.by_kernel:
             ctx.spent = True
             _scale_(grad, upstream)
+        elif ctx.inplace:
+            ctx.spent = True
+            grad.mul_(upstream)
         else:
             grad = scaled(grad, upstream)
         return grad, *[None] * 5

@@ -59,11 +59,11 @@ def compiled(kernels):
     return [len(kernel.device_caches[0][0]) for kernel in kernels]
 
 
-def run_rows(batch, length, x, vocab, shifted=False):
+def run_rows(batch, length, x, vocab, shifted=False, dtype=torch.float32):
     logits = torch.randn(batch, length + shifted, vocab, dtype=torch.bfloat16)
     logits = logits[:, :-1] if shifted else logits
     labels, temperature = torch.zeros(batch, length, dtype=torch.long), torch.tensor(x)
-    row = torch.full((batch * length,), x)
+    row = torch.full((batch * length,), x, dtype=dtype)
     logps, _, m, s = token_logps.token_logps_forward(logits, labels, temperature, False)
     token_logps.token_logps_backward(row, None, logits, labels, temperature, logps, None, m, s)
     grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
@@ -87,7 +87,7 @@ def run_rows(batch, length, x, vocab, shifted=False):
     )
     scale.scale_(grad, torch.tensor(x))
     sequence_loss.sequence_loss(
-        row,
+        logps,
         row,
         labels == 0,
         kind="sigmoid",
@@ -105,9 +105,10 @@ def run_rows(batch, length, x, vocab, shifted=False):
     return compiled(ROWS)
 
 
-def run_gemms(n, x):
+def run_gemms(n, x, dtype=torch.float32):
     hidden, weight = torch.randn(n, 64).bfloat16(), torch.randn(320, 64).bfloat16()
-    labels, row, count = torch.zeros(n).long(), torch.full((n,), x), torch.tensor(n).int()
+    labels, count = torch.zeros(n).long(), torch.tensor(n).int()
+    row = torch.full((n,), x, dtype=dtype)
     options = {
         "temperature": torch.tensor(x),
         "logit_scale": x,
@@ -132,6 +133,8 @@ if "{what}" == "rows":
             (2, 16, 0.3, True), (4, 7, 0.5, True), (1, 48, 0.9, True),
         ]
     ]
+elif "{what}" == "float64":
+    counts = [run_rows(2, 3, 1.0, {vocab}, dtype=torch.float64), run_gemms(7, 1.0, torch.float64)]
 else:
     counts = [run_gemms(n, x) for n, x in [(1, 1.0), (7, 0.3), (16, 1.0), (128, 2.0), (500, 1.5)]]
 print(json.dumps(counts))
@@ -157,3 +160,9 @@ def test_lengths_and_hyperparameters_compile_nothing(vocab):
 
 def test_numbers_of_rows_and_head_options_compile_nothing():
     assert compilations("gemms") == [[1] * 5] * 5
+
+
+def test_row_values_in_float64_compile():
+    """Such as log-probs of a reference computed elsewhere; the interpreter hides what the compiler
+    makes of two dtypes in one sum."""
+    assert compilations("float64", 4096) == [[1] * 7, [1] * 5]

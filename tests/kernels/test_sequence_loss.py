@@ -108,6 +108,32 @@ def test_everything_masked(device):
     assert (grad == 0).all() and stats["humanline/active_rows"] == 0
 
 
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize(
+    "case, sequences", [(BY_NAME["dpo-sigmoid"], 4), (BY_NAME["kto"], 4), (BY_NAME["kto"], 0)]
+)
+def test_no_rows_at_all(case, sequences, packed, device, launches):
+    sequences = max(sequences, packed)  # cu_seqlens has at least two entries
+    rows = [torch.empty(0 if packed else (sequences, 0), device=device)] * 3
+    batch = extras(case, sequences, device)
+    if packed:
+        batch["cu_seqlens"] = torch.zeros(sequences + 1, dtype=torch.int32, device=device)
+    expected, result = (run(case.build(CLIPS[1]), b, *rows, **batch) for b in ("torch", "triton"))
+    torch.testing.assert_close(result, expected, equal_nan=True)
+    assert len(launches) == 1
+
+
+@pytest.mark.parametrize("case", case_ids([BY_NAME["dpo-sigmoid"], BY_NAME["kto"]]))
+def test_under_autocast(case, device, launches):
+    rows, extra = draw(device), extras(case, 4, device)
+    expected = run(case.build(CLIPS[1]), "triton", *rows, **extra)
+    with torch.autocast(device, torch.bfloat16):
+        result = run(case.build(CLIPS[1]), "triton", *rows, **extra)
+    assert len(launches) == 2
+    for a, b in zip(result[:2], expected[:2], strict=True):
+        assert a.dtype == torch.float32 and torch.equal(a, b)
+
+
 def test_bitwise_the_same_on_a_rerun(device):
     rows = draw(device, 6, 2100)
     for a, b in zip(*(run(hl.DPO(), "triton", *rows)[:2] for _ in range(2)), strict=True):

@@ -181,6 +181,17 @@ def test_all_rows_masked_and_no_rows_at_all(device):
         assert (logps == 0).all() and (entropy == 0).all() and (grad == 0).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_under_autocast(dtype, device):
+    logits, labels = draw(4, 301, dtype, device)
+    g = torch.randn(4, device=device)
+    expected = ours(logits, labels, torch.tensor(0.7, device=device), g, g)
+    with torch.autocast(device, torch.bfloat16):
+        result = ours(logits, labels, torch.tensor(0.7, device=device), g, g)
+    for a, b in zip(result, expected, strict=True):
+        assert a.dtype == b.dtype and torch.equal(a, b)
+
+
 def test_bitwise_the_same_on_a_rerun(device):
     logits, labels = draw(4, 5000, torch.bfloat16, device)
     g = torch.randn(4, device=device)

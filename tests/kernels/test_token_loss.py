@@ -124,11 +124,14 @@ def test_rows_perceived_away_are_written_as_zeros(batch):
     assert stats["humanline/active_rows"] == (grad.abs().amax(-1) > 0).sum()
 
 
-def test_objectives_without_a_device_function_take_two_launches(batch, launches):
-    class Half(hl.GRPO):
-        def token_loss(self, rows, **kwargs):
-            return 0.5 * super().token_loss(rows, **kwargs)
+class Half(hl.GRPO):
+    """Has no device function."""
 
+    def token_loss(self, rows, **kwargs):
+        return 0.5 * super().token_loss(rows, **kwargs)
+
+
+def test_objectives_without_a_device_function_take_two_launches(batch, launches):
     whole = run(hl.GRPO(), "triton", *batch, **extras(hl.GRPO()))
     assert len(launches) == 1
     half = run(Half(), "triton", *batch, **extras(hl.GRPO()))
@@ -171,9 +174,33 @@ def test_inplace_gives_the_same_gradient_in_the_logits_buffer(batch, backend, dt
         loss, _ = objective.from_logits(
             x, labels, ref_logps, backend=backend, inplace=inplace, **extras(objective)
         )
-        (loss * 0.5).backward()
-        assert (grads[-1][1] == x.data_ptr()) == (inplace and backend == "triton")
+        (loss * 0.3).backward()
+        assert (grads[-1][1] == x.data_ptr()) == inplace
     assert torch.equal(grads[0][0], grads[1][0])
+
+
+def test_inplace_holds_without_a_device_function(batch, launches):
+    objective = Half()
+    leaf, grads = batch[0].contiguous().requires_grad_(), []
+    for inplace in (False, True):
+        x = leaf * 1.0
+        x.register_hook(lambda grad, x=x: grads.append((grad.clone(), grad.data_ptr())))
+        loss, _ = objective.from_logits(
+            x, *batch[1:], backend="triton", inplace=inplace, **extras(objective)
+        )
+        (loss * 0.3).backward()
+        assert (grads[-1][1] == x.data_ptr()) == inplace
+    assert not launches
+    torch.testing.assert_close(grads[1][0], grads[0][0], atol=1e-7, rtol=1e-4)
+
+
+def test_float16_gradients_are_not_formed_inplace(batch):
+    """They wait for the loss scale: the logits are as they were."""
+    leaf = batch[0].half().requires_grad_()
+    logits = leaf * 1.0
+    loss, _ = hl.SFT().from_logits(logits, batch[1], backend="triton", inplace=True)
+    loss.backward()
+    assert torch.equal(logits, leaf) and (leaf.grad != 0).any()
 
 
 def test_inplace_is_noticed_by_whoever_needs_the_logits(batch):

@@ -3,6 +3,7 @@ inputs that break such kernels."""
 
 import pytest
 import torch
+from oracle import eager_from_logits
 
 import humanline as hl
 from humanline.kernels import token_loss as kernel
@@ -91,6 +92,78 @@ def test_minus_infinity_beside_the_label(device):
 def test_int32_labels_and_shifted_view(device):
     logits, labels = draw(4, 301, torch.float32, device)
     assert_as_accurate(logits[:, :-1], labels[:, :-1].int())
+
+
+CLIP = hl.Clip(-0.3, 0.4)
+OBJECTIVES = [
+    hl.GRPO(perception=CLIP, delta=1.3, epsilon_high=0.3),
+    hl.GRPO(perception=CLIP, loss_type="cispo", epsilon_high=1.2, entropy_coef=0.03),
+    hl.GRPO(perception=CLIP, loss_type="sapo", beta=0.1),
+    hl.PPO(perception=CLIP, beta=0.1, kl_estimator="k1", entropy_coef=0.02),
+    hl.PPO(perception=CLIP, beta=0.1, kl_estimator="k3"),
+    hl.SFT(),
+]
+NAMES = ["clipped", "cispo, entropy", "sapo, k3", "ppo, k1, entropy", "ppo, k3", "sft"]
+OF_PACKED = {"cu_seqlens": torch.tensor([0, 0, 9, 9, 20, 32], dtype=torch.int32)}
+
+
+def packed_problem(objective, device, dtype, rows=32, vocab=501):
+    """Two sequences of five are empty; every row has its own temperature."""
+    logits, labels = (x.reshape(-1, *x.shape[2:]) for x in draw(rows // 2, vocab, dtype, device))
+    labels[3:6] = -100
+    temperature = torch.rand(rows, device=device) + 0.5
+    ref_logps = eager_from_logits(logits.double(), labels, temperature.double())[0]
+    ref_logps += 0.3 * torch.randn(rows, device=device)
+    batch = {k: v.to(device) for k, v in OF_PACKED.items()}
+    if not isinstance(objective, hl.SFT):
+        batch["advantages"] = torch.tensor([9.0, 1.0, 9.0, -0.7, 0.4], device=device)
+    return logits, labels, temperature, ref_logps, batch
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=NAMES)
+def test_objectives_on_packed_rows(objective, dtype, device):
+    """The incoming gradient is no power of two: half-precision gradients, formed before it is
+    known, are rounded once more when they are scaled by it. So eager's are here."""
+    logits, labels, temperature, ref_logps, batch = packed_problem(objective, device, dtype)
+    results = []
+    for exact in (torch.float64, torch.float32, None):
+        x = logits.to(exact or dtype).detach().requires_grad_()
+        if exact is None:
+            loss, _ = objective.from_logits(
+                x, labels, ref_logps, temperature=temperature, backend="triton", **batch
+            )
+        else:
+            logps, entropy = eager_from_logits(x, labels, temperature.to(exact))
+            entropy = {"entropy": entropy} if objective.needs_entropy else {}
+            loss, _ = objective.from_logps(
+                logps, ref_logps.to(exact), labels >= 0, backend="torch", **entropy, **batch
+            )
+        upstream = 1.0 if exact == torch.float32 else 0.3
+        results.append((loss.detach(), *torch.autograd.grad(loss * upstream, x)))
+    (truth_loss, truth), (eager_loss, eager_grad), (loss, grad) = results
+    assert rms(grad, truth) <= 1.5 * rms(eager_grad.to(dtype) * 0.3, truth)
+    assert (loss - truth_loss).abs() <= max(1.5 * (eager_loss - truth_loss).abs(), 1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_gradient_of_the_entropy_alone(dtype, device):
+    """Without advantages nothing else is left; masked rows are zeros."""
+    objective = hl.PPO(entropy_coef=0.5)
+    logits, labels, temperature, ref_logps, batch = packed_problem(objective, device, dtype)
+    batch["advantages"] = torch.zeros(5, device=device)
+    grads = []
+    for exact in (torch.float64, torch.float32):
+        x = logits.to(exact).detach().requires_grad_()
+        entropy = eager_from_logits(x, labels, temperature.to(exact))[1][labels >= 0]
+        grads.append(torch.autograd.grad(-0.5 * entropy.mean(), x)[0])
+    x = logits.detach().requires_grad_()
+    loss, _ = objective.from_logits(
+        x, labels, ref_logps, temperature=temperature, backend="triton", **batch
+    )
+    (grad,) = torch.autograd.grad(loss, x)
+    assert rms(grad, grads[0]) <= 1.5 * rms(grads[1].to(dtype), grads[0])
+    assert (grad[labels < 0] == 0).all() and (grad[labels >= 0] != 0).any(-1).all()
 
 
 def test_everything_masked_and_nothing_there(device):

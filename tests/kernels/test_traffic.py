@@ -19,8 +19,9 @@ SMALL = 0.05  # labels, log-probs, coefficients: a few bytes a row of 8,192 logi
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_token_level_is_one_read_and_one_write(dtype):
-    bytes_moved = traffic.measure("GRPO", dtype)
+@pytest.mark.parametrize("objective", ["GRPO", "GRPO+H", "SFT"])
+def test_token_level_is_one_read_and_one_write(objective, dtype):
+    bytes_moved = traffic.measure(objective, dtype)
     size = dtype.itemsize
     assert bytes_moved["HBM reads"] == pytest.approx(size, abs=SMALL)
     assert bytes_moved["writes"] == pytest.approx(size, abs=SMALL)
@@ -32,15 +33,36 @@ def test_token_level_reads_inactive_rows_once():
     assert bytes_moved["all reads"] == pytest.approx(2 * 1.5, abs=SMALL)
 
 
-def test_sequence_level_is_two_reads_and_one_write():
-    bytes_moved = traffic.measure("DPO")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_an_incoming_gradient_scales_the_written_one(dtype):
+    """One read and one write more; none where it is 1, or known before the gradient is formed."""
+    size = dtype.itemsize
+    assert traffic.measure("SFT", dtype, upstream=0.3)["HBM total"] == pytest.approx(
+        4 * size, abs=SMALL
+    )
+    assert traffic.measure("DPO", dtype, upstream=0.3)["HBM total"] == pytest.approx(
+        3 * size, abs=SMALL
+    )
+
+
+@pytest.mark.parametrize("upstream", [1.0, 0.3])
+def test_float16_token_level_is_two_reads_and_one_write(upstream):
+    bytes_moved = traffic.measure("GRPO", torch.float16, upstream=upstream)
+    assert bytes_moved["HBM reads"] == pytest.approx(4, abs=SMALL)
+    assert bytes_moved["writes"] == pytest.approx(2, abs=SMALL)
+
+
+@pytest.mark.parametrize("objective", ["DPO", "KTO"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_sequence_level_is_two_reads_and_one_write(objective, dtype):
+    bytes_moved = traffic.measure(objective, dtype)
     assert bytes_moved["HBM reads"] == pytest.approx(4, abs=SMALL)
     assert bytes_moved["HBM total"] <= 6.1
 
 
-@pytest.mark.parametrize("active", [0.0, 0.25, 0.5])
-def test_sequence_level_does_not_read_inactive_rows_again(active):
-    bytes_moved = traffic.measure("DPO", active=active)
+@pytest.mark.parametrize("objective, active", [("DPO", 0.0), ("DPO", 0.25), ("KTO", 0.5)])
+def test_sequence_level_does_not_read_inactive_rows_again(objective, active):
+    bytes_moved = traffic.measure(objective, active=active)
     assert bytes_moved["all reads"] == pytest.approx(2 + 2 * active, abs=SMALL)
     assert bytes_moved["writes"] == pytest.approx(2, abs=SMALL)
 

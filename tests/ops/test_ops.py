@@ -9,8 +9,9 @@ from torch.utils._pytree import tree_leaves
 import humanline as hl
 import humanline.ops.logits
 from humanline.ops.backend import interpreting
-from humanline.ops.logits import _token_logps
-from humanline.ops.logits_objective import _token_loss
+from humanline.ops.logits import _token_logps, _token_logps_backward
+from humanline.ops.logits_objective import _scale_, _token_loss
+from humanline.ops.whole_batch import _sequence_loss
 
 V, H = 13, 6
 
@@ -23,11 +24,35 @@ def batch():
     return logits, labels
 
 
-@pytest.mark.parametrize("with_entropy", [False, True])
-def test_opcheck(batch, with_entropy):
-    temperature = torch.tensor(1.3, dtype=torch.float64)
-    result = torch.library.opcheck(_token_logps, (*batch, temperature, with_entropy, "torch"))
+BY_KERNELS = pytest.mark.skipif(
+    not interpreting(), reason="the kernel needs a GPU or Triton's interpreter"
+)
+BACKENDS = ["torch", pytest.param("triton", marks=BY_KERNELS)]
+# Of an op that is called inside an autograd function: it has no gradient of its own.
+INSIDE_AUTOGRAD = ("test_schema", "test_faketensor")
+
+
+def assert_passes_opcheck(op, arguments, options=None, **more):
+    result = torch.library.opcheck(op, arguments, options, **more)
     assert set(result.values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("with_entropy", [False, True])
+def test_opcheck(batch, with_entropy, backend):
+    temperature = torch.tensor(1.3, dtype=torch.float64)
+    assert_passes_opcheck(_token_logps, (*batch, temperature, with_entropy, backend))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("with_entropy", [False, True])
+def test_opcheck_of_the_backward(batch, with_entropy, backend):
+    logits, labels = batch[0].detach(), batch[1]
+    temperature = torch.rand(10) + 0.5
+    outputs = _token_logps(logits, labels, temperature, with_entropy, backend)
+    g, g_entropy = torch.randn(2, 5), torch.randn(2, 5) if with_entropy else None
+    arguments = (g, g_entropy, logits, labels, temperature, *outputs, backend)
+    assert_passes_opcheck(_token_logps_backward, arguments)
 
 
 OBJECTIVES = [
@@ -218,15 +243,33 @@ def test_from_logits_with_kernels_reads_nothing_back(objective, shapes, packed, 
     assert all(x.device.type == "meta" for x in stats.values())
 
 
-@pytest.mark.skipif(not interpreting(), reason="the kernel needs a GPU or Triton's interpreter")
+@BY_KERNELS
 def test_opcheck_of_the_one_launch_op():
     logits, labels = torch.randn(2, 5, V), torch.randint(0, V, (2, 5))
     row = torch.rand(10)
     arguments = (logits, labels, torch.tensor(0.7), torch.empty_like(logits), row, "clipped")
     options = {"advantages": row, "anchor": row, "entropy_weight": torch.tensor(0.1), "low": 0.2}
-    checks = ("test_schema", "test_faketensor")  # it is called inside an autograd function
-    result = torch.library.opcheck(_token_loss, arguments, options, test_utils=checks)
-    assert set(result.values()) == {"SUCCESS"}
+    assert_passes_opcheck(_token_loss, arguments, options, test_utils=INSIDE_AUTOGRAD)
+
+
+@BY_KERNELS
+@pytest.mark.parametrize("kind", ["sigmoid", "kto"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_opcheck_of_the_loss_of_sequences(kind, packed):
+    cu_seqlens = torch.tensor([0, 2, 2, 7, 12]) if packed else None
+    row = torch.randn(12)
+    arguments = (row, row.double() + 0.1, row > -1, 4, cu_seqlens, kind, -0.5, 0.5, 0.1)
+    options = {"p": 0.1, "q": 0.9}
+    if kind == "kto":
+        options |= {"desirable": torch.arange(4) % 2 == 0, "z0": torch.tensor(0.1)}
+    assert_passes_opcheck(_sequence_loss, arguments, options, test_utils=INSIDE_AUTOGRAD)
+
+
+@BY_KERNELS
+@pytest.mark.parametrize("factor", [1.0, 0.3])
+def test_opcheck_of_the_scaling(factor):
+    x = torch.randn(3, V).bfloat16()
+    assert_passes_opcheck(_scale_, (x, torch.tensor(factor)), test_utils=INSIDE_AUTOGRAD)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
