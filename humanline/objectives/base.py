@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from humanline import checks, ops
+from humanline import autograd, checks, ops
 from humanline.dtypes import at_least_float32
 from humanline.perception import Identity, Perception
 from humanline.rows import IGNORE_INDEX, Layout, Rows
@@ -187,6 +187,7 @@ class Objective:
             problem, *(result if self.needs_entropy else (result, None)), backend=backend
         )
 
+    @autograd.uncompiled
     def from_hidden(
         self,
         hidden: Tensor,
@@ -208,6 +209,8 @@ class Objective:
         **batch: Any,
     ) -> Result:
         """Loss from hidden states and the output head, never holding all logits.
+
+        Under ``torch.compile`` a graph break: it runs as it stands, with the same numbers.
 
         Args:
             hidden: ``[B, T, H]``, or ``[N, H]`` packed. Row ``t`` predicts ``labels[t]``.

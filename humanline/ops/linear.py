@@ -31,6 +31,7 @@ from humanline.rows import IGNORE_INDEX
 from humanline.seam import Coefficients
 
 
+@autograd.uncompiled
 def linear_token_logps(
     hidden: Tensor,
     weight: Tensor,
@@ -48,7 +49,8 @@ def linear_token_logps(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Log-probs of ``labels`` under the head ``softmax((hidden @ weight.T + bias) / temperature)``.
 
-    Never holds all logits: at most ``workspace_bytes`` of them.
+    Never holds all logits: at most ``workspace_bytes`` of them. Under ``torch.compile`` a graph
+    break: it runs as it stands, with the same numbers.
 
     Args:
         hidden: ``[..., H]``. Row ``t`` predicts ``labels[t]``.
