@@ -5,7 +5,6 @@ import pytest
 import torch
 import torch._dynamo
 from oracle import leaf
-from torch.utils.checkpoint import checkpoint
 
 import humanline as hl
 
