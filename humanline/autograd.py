@@ -55,6 +55,15 @@ def backward(function):
     return run
 
 
+def graph_is_kept() -> bool:
+    """Within a backward: whether another may come for what is saved (``retain_graph=True``).
+
+    Autograd tells its own compiler alone; should that cease, the answer is yes, which costs a copy.
+    """
+    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+    return ask()
+
+
 def _no_autocast(args):
     device = next(x.device.type for x in args if isinstance(x, Tensor))
     if not torch.amp.is_autocast_available(device):  # meta, for one

@@ -221,7 +221,8 @@ class Objective:
             logit_softcap: ``cap · tanh(logits / cap)`` after the scale (Gemma 2).
             ref_hidden, ref_weight, ref_bias: the reference's hidden states ``[B, T, H']`` and head
                 ``[V, H']``, ``[V]``, in place of ``ref_logps``; one GEMM more, no gradient.
-            workspace_bytes: bound of the memory for logits.
+            workspace_bytes: bound of the memory for logits; what there is beside it:
+                :func:`~humanline.linear_token_logps`.
             capturable: read nothing back from the device, so that forward and backward can be
                 captured in a CUDA graph; Triton backend only. 1F + 3F·active for any objective.
 
