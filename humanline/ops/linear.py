@@ -53,6 +53,11 @@ def linear_token_logps(
     Never holds all logits: at most ``workspace_bytes`` of them. Under ``torch.compile`` a graph
     break: it runs as it stands, with the same numbers.
 
+    On the Triton backend a row's log-prob is the same to the last bit whatever rows are around it,
+    but with a frozen head: there, and on the torch backend, a GEMM library forms the logits. cuBLAS
+    and oneDNN choose their algorithm, and how the sum over H is split, by the number of rows in a
+    block. A rerun on the same rows gives the same bits everywhere.
+
     Args:
         hidden: ``[..., H]``. Row ``t`` predicts ``labels[t]``.
         weight: ``[V, H]``.

@@ -11,6 +11,10 @@ while the logits are still there.
 Rows depend on no other (token-level), on those of their sequence, of their pair, or of the batch
 (``coupling``). One F·active less where the head or the body is frozen. ``capturable``, which must
 not know the number of active rows, always takes the last line.
+
+Read back from the device: how many rows are labelled (in each sequence, where blocks go by these),
+once a call, but twice where they turn out not to fit; and how many are active: in the second line
+once a block, as its log-probs come to be known, in the last once, in the backward.
 """
 
 import torch

@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch._dynamo
 from oracle import leaf
+from torch.utils.checkpoint import checkpoint
 
 import humanline as hl
 
@@ -92,3 +93,49 @@ def test_a_graph_that_must_not_break_says_why_it_does(inputs):
         torch._dynamo.reset()
         with pytest.raises(torch._dynamo.exc.Unsupported, match="as many rows as there are labels"):
             torch.compile(call, backend="eager", fullgraph=True)(*inputs)
+
+
+@each_objective
+def test_autocast_runs_the_head_in_its_dtype(inputs, objective, extra):
+    loss = loss_of(objective, extra)
+    hidden, weight, *rest = inputs
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = with_gradients(loss, *inputs)
+    narrow = with_gradients(loss, leaf(hidden.bfloat16()), leaf(weight.bfloat16()), *rest)
+    assert ours[0].dtype == ours[1].dtype == ours[2].dtype == torch.float32
+    assert equal(ours, (narrow[0], *(x.float() for x in narrow[1:])))
+
+
+@each_objective
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("workspace_bytes", [2**20, 6 * V * 4], ids=["fits", "blocks"])
+def test_activation_checkpointing(inputs, objective, extra, reentrant, workspace_bytes):
+    loss = loss_of(objective, extra | {"workspace_bytes": workspace_bytes})
+
+    def checkpointed(*args):
+        return checkpoint(lambda *x: 0.5 * loss(*x), *args, use_reentrant=reentrant)
+
+    results = []
+    for run in (checkpointed, lambda *args: 0.5 * loss(*args)):
+        leaves = [leaf(x) for x in inputs[:2]]  # a reentrant one fills .grad alone
+        value = run(*leaves, *inputs[2:])
+        value.backward()
+        results.append((value.detach(), *(x.grad for x in leaves)))
+    assert equal(*results)
+
+
+@each_objective
+@pytest.mark.parametrize("frozen_head", [False, True])
+def test_other_losses_beside_it(inputs, objective, extra, frozen_head):
+    loss, (hidden, weight, *rest) = loss_of(objective, extra), inputs
+    weight.requires_grad_(not frozen_head)
+    of = [hidden] if frozen_head else [hidden, weight]
+
+    def other():
+        return hidden.square().mean() + (hidden @ weight.T).logsumexp(-1).mean()
+
+    alone = torch.autograd.grad(loss(hidden, weight, *rest), of)
+    others = torch.autograd.grad(other(), of)
+    both = torch.autograd.grad(loss(hidden, weight, *rest) + 0.3 * other(), of)
+    for a, o, x in zip(alone, others, both, strict=True):
+        torch.testing.assert_close(x, a + 0.3 * o)

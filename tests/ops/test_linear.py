@@ -294,8 +294,8 @@ def test_float16_coefficients_meet_the_loss_scale_before_they_underflow(device):
     tiny = {"advantages": b.batch["advantages"] * 1e-6}
     loss, _ = hl.GRPO().from_hidden(hidden, weight, b.labels, **tiny)
     (loss * 2.0**16).backward()
-    leaf_hidden = leaf(b.hidden.double())
-    expected, _ = hl.GRPO().from_hidden(leaf_hidden, b.weight.double(), b.labels, **tiny)
-    (truth,) = torch.autograd.grad(expected * 2.0**16, leaf_hidden)
-    error = (hidden.grad.double() - truth).abs()
-    assert error.max() < 2e-3 * truth.abs().max()
+    wide = leaf(b.hidden.double()), leaf(b.weight.double())
+    expected, _ = hl.GRPO().from_hidden(*wide, b.labels, **tiny)
+    truth = torch.autograd.grad(expected * 2.0**16, wide)
+    for x, t in zip((hidden, weight), truth, strict=True):
+        assert (x.grad.double() - t).abs().max() < 2e-3 * t.abs().max()
