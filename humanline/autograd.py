@@ -1,10 +1,27 @@
-"""Decorators for the forward and backward of the library's autograd functions."""
+"""Decorators for the library's autograd functions, and for the entry points that call them."""
 
 from contextlib import nullcontext
 from functools import wraps
 
 import torch
 from torch import Tensor
+
+
+def uncompiled(function):
+    """A graph break around an entry point: ``torch.compile`` runs it as it stands.
+
+    Which rows go through a GEMM depends on values, and an objective's coefficients on autograd
+    within the forward: Dynamo traces neither.
+    """
+    eager = torch.compiler.disable(
+        function, reason=f"{function.__name__} multiplies as many rows as there are labels"
+    )
+
+    @wraps(function)  # which torch.compile, given the entry point itself, must not see through
+    def run(*args, **kwargs):
+        return eager(*args, **kwargs)
+
+    return run
 
 
 def forward(function):
@@ -36,6 +53,15 @@ def backward(function):
             return function(ctx, *grads)
 
     return run
+
+
+def graph_is_kept() -> bool:
+    """Within a backward: whether another may come for what is saved (``retain_graph=True``).
+
+    Autograd tells its own compiler alone; should that cease, the answer is yes, which costs a copy.
+    """
+    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+    return ask()
 
 
 def _no_autocast(args):

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from humanline import checks, ops
+from humanline import autograd, checks, ops
 from humanline.dtypes import at_least_float32
 from humanline.perception import Identity, Perception
 from humanline.rows import IGNORE_INDEX, Layout, Rows
@@ -190,6 +190,7 @@ class Objective:
             problem, *(result if self.needs_entropy else (result, None)), backend=backend
         )
 
+    @autograd.uncompiled
     def from_hidden(
         self,
         hidden: Tensor,
@@ -212,6 +213,8 @@ class Objective:
     ) -> Result:
         """Loss from hidden states and the output head, never holding all logits.
 
+        Under ``torch.compile`` a graph break: it runs as it stands, with the same numbers.
+
         Args:
             hidden: ``[B, T, H]``, or ``[N, H]`` packed. Row ``t`` predicts ``labels[t]``.
             weight: the head's weight, ``[V, H]``.
@@ -221,7 +224,8 @@ class Objective:
             logit_softcap: ``cap · tanh(logits / cap)`` after the scale (Gemma 2).
             ref_hidden, ref_weight, ref_bias: the reference's hidden states ``[B, T, H']`` and head
                 ``[V, H']``, ``[V]``, in place of ``ref_logps``; one GEMM more, no gradient.
-            workspace_bytes: bound of the memory for logits.
+            workspace_bytes: bound of the memory for logits; what there is beside it:
+                :func:`~humanline.linear_token_logps`.
             capturable: read nothing back from the device, so that forward and backward can be
                 captured in a CUDA graph; Triton backend only. 1F + 3F·active for any objective.
 

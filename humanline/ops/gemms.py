@@ -13,7 +13,7 @@ from torch import Tensor
 
 from humanline.dtypes import compute_dtype
 
-_TILE = 8192  # columns of the vocabulary widened at a time
+_TILE_FLOATS = 2**22  # of the weight, widened at a time
 
 
 def _on_tensor_cores(x: Tensor) -> bool:
@@ -45,25 +45,46 @@ def form_logits(hidden: Tensor, weight: Tensor, out: Tensor) -> Tensor:
     if _on_tensor_cores(weight):
         return torch.mm(hidden, weight.T, out_dtype=out.dtype, out=out)
     hidden = hidden.to(out.dtype)
+    columns = max(1, _TILE_FLOATS // weight.shape[1])
     with _bfloat16_products(weight.dtype):
-        for tile in range(0, len(weight), _TILE):
-            out[:, tile : tile + _TILE] = hidden @ weight[tile : tile + _TILE].to(out.dtype).T
+        for start in range(0, len(weight), columns):
+            tile = slice(start, start + columns)
+            out[:, tile] = hidden @ weight[tile].to(out.dtype).T
     return out
 
 
-def hidden_gradient(dz: Tensor, weight: Tensor) -> Tensor:
-    """``dz @ weight``: one reduction over the vocabulary, so that it is rounded once."""
+def hidden_gradient(
+    dz: Tensor, weight: Tensor, labels: Tensor, scale: Tensor | None = None
+) -> Tensor:
+    """``scale · (dz @ weight)``: one reduction over the vocabulary, in float32 but on its way out.
+
+    A CPU has no GEMM from half precision to float32, and what it rounds would be rounded again by
+    the scale. Most of a row comes from its label: that part is added in float32, unrounded.
+    """
+    dtype = compute_dtype(weight.dtype)
     if _on_tensor_cores(weight):
-        return torch.mm(dz.to(weight.dtype), weight, out_dtype=torch.float32)
-    return dz.to(weight.dtype) @ weight
+        product = torch.mm(dz.to(weight.dtype), weight, out_dtype=dtype)
+    elif weight.dtype == dtype:
+        product = dz @ weight
+    else:
+        at_label = labels.long()[:, None]
+        rest = dz.to(weight.dtype, copy=True).scatter_(1, at_label, 0) @ weight
+        product = rest.to(dtype).addcmul_(dz.gather(1, at_label).to(dtype), weight[labels])
+    return product if scale is None else product.mul_(scale[:, None])
 
 
 def write_hidden_gradient_(
-    dh: Tensor, dz: Tensor, weight: Tensor, scale: Tensor, index: Tensor, count: Tensor | None
+    dh: Tensor,
+    dz: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    scale: Tensor,
+    index: Tensor,
+    count: Tensor | None,
 ) -> None:
     """``dh[index] = scale · (dz @ weight)``, of the first ``count`` rows if that is given."""
     if count is None:
-        dh[index] = (hidden_gradient(dz, weight) * scale[:, None]).to(dh.dtype)
+        dh[index] = hidden_gradient(dz, weight, labels[index], scale).to(dh.dtype)
     else:
         from humanline.kernels.matmul import hidden_gradient_
 

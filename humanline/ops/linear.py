@@ -27,10 +27,12 @@ from humanline.ops.head_blocks import (
     head_blocks,
 )
 from humanline.ops.row_blocks import split_rows
+from humanline.ops.scaling import scaled_gradient
 from humanline.rows import IGNORE_INDEX
 from humanline.seam import Coefficients
 
 
+@autograd.uncompiled
 def linear_token_logps(
     hidden: Tensor,
     weight: Tensor,
@@ -48,7 +50,13 @@ def linear_token_logps(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Log-probs of ``labels`` under the head ``softmax((hidden @ weight.T + bias) / temperature)``.
 
-    Never holds all logits: at most ``workspace_bytes`` of them.
+    Never holds all logits: at most ``workspace_bytes`` of them. Under ``torch.compile`` a graph
+    break: it runs as it stands, with the same numbers.
+
+    On the Triton backend a row's log-prob is the same to the last bit whatever rows are around it,
+    but with a frozen head: there, and on the torch backend, a GEMM library forms the logits. cuBLAS
+    and oneDNN choose their algorithm, and how the sum over H is split, by the number of rows in a
+    block. A rerun on the same rows gives the same bits everywhere.
 
     Args:
         hidden: ``[..., H]``. Row ``t`` predicts ``labels[t]``.
@@ -61,7 +69,10 @@ def linear_token_logps(
         return_entropy: also return the entropy of each row, in nats.
         observe: looks at the logits while they are there, a block of rows at a time, without
             gradient: for statistics a trainer logs, which would cost a GEMM of their own.
-        workspace_bytes: bound of the memory for logits.
+        workspace_bytes: bound of the memory for logits. Beside it, inputs and gradients there are
+            some floats a row and the hidden states of one block. Half precision adds the weight's
+            gradient in float32, and on a CPU up to 16 MiB of the weight widened. Gradients formed
+            in the forward are scaled where they lie; ``retain_graph=True`` makes a copy of them.
         backend: "triton" or "torch"; None chooses by device.
         capturable: read nothing back from the device, so that forward and backward can be captured
             in a CUDA graph; Triton backend only.
@@ -177,8 +188,9 @@ class _LinearTokenLogps(torch.autograd.Function):
     def backward(ctx, g, g_entropy):
         if ctx.unit:
             labels, dh = ctx.saved_tensors
-            active = ((g != 0) & (labels != IGNORE_INDEX))[:, None]
-            return torch.where(active, dh * g[:, None], 0).to(dh.dtype), *[None] * 10
+            dropped = (g == 0) | (labels == IGNORE_INDEX)
+            # Filled, not multiplied: a row that overflowed stays out of what it has no part in.
+            return scaled_gradient(dh, g).masked_fill_(dropped[:, None], 0), *[None] * 10
         coefficients = Coefficients(g, g_entropy if ctx.with_entropy else None)
         return *_recompute(ctx, coefficients), *[None] * 8
 
@@ -198,7 +210,8 @@ def _by_blocks(
         if ctx.with_entropy:
             entropy[block.index] = block.entropy
         if ctx.unit:
-            dh[block.index] = hidden_gradient(block.gradient(), weight).to(dh.dtype)
+            unit = hidden_gradient(block.gradient(), weight, labels[block.index])
+            dh[block.index] = unit.to(dh.dtype)
     return logps, entropy, dh
 
 
@@ -219,7 +232,7 @@ def _recompute(ctx, coefficients: Coefficients) -> tuple[Tensor | None, ...]:
         dz = block.gradient(of_logp, of_entropy)
         sums.add(dz, scale, block.hidden, block.count)
         if need_hidden:
-            write_hidden_gradient_(dh, dz, weight, scale, block.index, block.count)
+            write_hidden_gradient_(dh, dz, weight, labels, scale, block.index, block.count)
     return (
         dh,
         sums.weight.to(weight.dtype) if need_weight else None,

@@ -11,6 +11,10 @@ while the logits are still there.
 Rows depend on no other (token-level), on those of their sequence, of their pair, or of the batch
 (``coupling``). One F·active less where the head or the body is frozen. ``capturable``, which must
 not know the number of active rows, always takes the last line.
+
+Read back from the device: how many rows are labelled (in each sequence, where blocks go by these),
+once a call, but twice where they turn out not to fit; and how many are active: in the second line
+once a block, as its log-probs come to be known, in the last once, in the backward.
 """
 
 import torch
@@ -27,8 +31,8 @@ from humanline.ops.linear import (
     split_scale,
     under_autocast,
 )
-from humanline.ops.logits_objective import scaled
 from humanline.ops.row_blocks import blocks_with_gradient
+from humanline.ops.scaling import scaled_gradient
 from humanline.ops.whole_batch import evaluate as evaluate_batch
 from humanline.ops.whole_batch import finish
 from humanline.seam import Problem, evaluate
@@ -123,12 +127,10 @@ class _LinearObjective(torch.autograd.Function):
             dz = block.gradient(of_logp, of_entropy)
             sums.add(dz, scale, block.hidden)
             if need_hidden:
-                rows_of_dh = hidden_gradient(dz, weight)
-                if scales is None:
-                    rows_of_dh *= scale[:, None]
-                else:
-                    scales[block.index] = scale
-                dh[block.index] = rows_of_dh.to(dh.dtype)
+                if scales is not None:
+                    scales[block.index], scale = scale, None
+                of_rows = hidden_gradient(dz, weight, labels[block.index], scale)
+                dh[block.index] = of_rows.to(dh.dtype)
 
         whole = whole or evaluate_batch(problem, logps, entropy, backend)
         ctx.save_for_backward(dh, scales, sums.weight, sums.bias)
@@ -140,11 +142,9 @@ class _LinearObjective(torch.autograd.Function):
     def backward(ctx, grad, _):
         dh, scales, dw, db = ctx.saved_tensors
         weight_dtype, bias_dtype = ctx.dtypes
-        if dh is not None:
-            dh = scaled(dh, grad if scales is None else (scales * grad)[:, None])
         return (
-            dh,
-            None if dw is None else scaled(dw, grad).to(weight_dtype),
-            None if db is None else scaled(db, grad).to(bias_dtype),
+            None if dh is None else scaled_gradient(dh, grad if scales is None else scales * grad),
+            None if dw is None else scaled_gradient(dw, grad, weight_dtype),
+            None if db is None else scaled_gradient(db, grad, bias_dtype),
             *[None] * 5,
         )

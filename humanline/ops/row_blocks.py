@@ -35,14 +35,14 @@ def blocks_with_gradient(
         return split_rows(wanted, fitting)
     if problem.coupling == "batch":
         return None
-    lengths = problem.layout.lengths.tolist()
+    lengths = problem.layout.lengths.tolist()  # with that the number of rows is known, too
     sequences, half = range(len(lengths)), len(lengths) // 2
     pairs = problem.coupling == "pair"
     groups = [(s, s + half) for s in sequences[:half]] if pairs else [(s,) for s in sequences]
     sizes = [sum(lengths[s] for s in group) for group in groups]
     if max(sizes) > fitting:
         return None
-    of_sequence = wanted.nonzero().squeeze(1).split(lengths)
+    of_sequence = torch.nonzero_static(wanted, size=sum(lengths)).squeeze(1).split(lengths)
     return [
         torch.cat([of_sequence[s] for group in block for s in group])
         for block in _packed(groups, sizes, comfortable)

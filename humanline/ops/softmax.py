@@ -79,8 +79,11 @@ class SoftmaxBlock:
 
 def front_order(active: Tensor) -> Tensor:
     """The rows where ``active [n]`` holds, in an order that leaves as many as can be in their
-    place: of k rows, the i-th is i wherever row i < k is active."""
+    place: of k rows, the i-th is i wherever row i < k is active. A GPU copies them anyhow, and is
+    spared a second number to read."""
     kept = active.nonzero().squeeze(1)
+    if active.device.type != "cpu":
+        return kept
     holes = (~active[: len(kept)]).nonzero().squeeze(1)
     order = torch.arange(len(kept), device=active.device)
     order[holes] = kept[len(kept) - len(holes) :]

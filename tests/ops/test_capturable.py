@@ -131,6 +131,51 @@ def test_nothing_is_read_back(name, device, monkeypatch):
         gradients(*arguments, backend="triton")
 
 
+class Reads(TorchDispatchMode):
+    """How often a number of rows is read: ``nonzero`` does, ``tolist`` is told."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function.overloadpacket.__name__ == "nonzero"
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "name, rows_fitting, expected",
+    [
+        ("grpo", 20, (1 + 2, 0)),  # labelled rows; active ones of each of two blocks
+        ("dpo", B * T, (1 + 1, 0)),
+        ("dpo", 2 * T, (1 + 2, 0)),  # each sequence's; active ones of each of two pairs
+        ("dpo", T, (1 + 1, 1)),  # each sequence's; labelled rows; active ones in the backward
+    ],
+)
+def test_what_is_read_back_otherwise(name, rows_fitting, expected, device, monkeypatch):
+    b = Batch(device)
+    objective, extra = OBJECTIVES[name]
+    ref_logps = b.reference({})
+    leaves = leaf(b.hidden), leaf(b.weight)
+    with Reads() as reads:
+        tolist = torch.Tensor.tolist
+
+        def counted(x):
+            reads.count += 1
+            return tolist(x)
+
+        monkeypatch.setattr(torch.Tensor, "tolist", counted)
+        loss, _ = objective.from_hidden(
+            *leaves,
+            b.labels,
+            ref_logps,
+            **{k: v.to(device) for k, v in extra.items()},
+            workspace_bytes=rows_fitting * V * 8,
+            backend="triton",
+        )
+        in_forward = reads.count
+        loss.backward()
+    assert (in_forward, reads.count - in_forward) == expected
+
+
 def test_what_does_not_count_is_not_multiplied(device, monkeypatch):
     """The kernels are told of all rows, and that the last blocks hold none that count."""
     counts = {"dz": [], "dH": [], "dW": []}

@@ -5,9 +5,11 @@ F is one N×H×V product; here counted in rows, N of them to an F, so that each 
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import humanline as hl
+from humanline.ops.backend import interpreting
 
 B, T, H, V = 4, 8, 6, 50
 N = B * T
@@ -27,15 +29,46 @@ class GemmRows(TorchDispatchMode):
                 if (name == "mm")
                 else args[1:3]
             )
-            dimensions = sorted([a.shape[0], a.shape[1], b.shape[1]])
-            dimensions.remove(H)
-            dimensions.remove(V)
-            self.rows += dimensions[0]
+            self.rows += rows_of(a.shape, b.shape)
         return function(*args, **(kwargs or {}))
 
 
+def rows_of(a, b):
+    """Of a product with such factors, what is left beside the head's H and V."""
+    dimensions = [a[0], a[1], b[1]]
+    dimensions.remove(H)
+    dimensions.remove(V)
+    return dimensions[0]
+
+
+class ProfiledRows:
+    """The same by the profiler's shapes: it also sees what custom ops multiply."""
+
+    def __enter__(self):
+        self._profile = profile(activities=[ProfilerActivity.CPU], record_shapes=True)
+        self._profile.__enter__()
+        return self
+
+    def __exit__(self, *exception):
+        self._profile.__exit__(*exception)
+        first = {"aten::mm": 0, "aten::addmm": 1, "aten::addmm_": 1}  # of the factors
+        self.rows = sum(
+            rows_of(*event.input_shapes[first[event.name] :][:2])
+            for event in self._profile.events()
+            if event.name in first
+        )
+
+
 def count(
-    objective, *, frozen_head=False, frozen_body=False, masked=0, far=0, rows_fitting=N, **kw
+    objective,
+    *,
+    frozen_head=False,
+    frozen_body=False,
+    masked=0,
+    far=0,
+    rows_fitting=N,
+    counter=GemmRows,
+    **kw,
 ):
     """Rows multiplied in forward and backward; ``far`` rows lie beyond the clip bounds."""
     hidden = torch.randn(B, T, H, requires_grad=not frozen_body)
@@ -45,7 +78,7 @@ def count(
     with torch.no_grad():
         ref_logps = hl.linear_token_logps(hidden, weight, labels)
     ref_logps.view(-1)[N - far :] += 5
-    with GemmRows() as gemms:
+    with counter() as gemms:
         loss, stats = objective.from_hidden(
             hidden, weight, labels, ref_logps, workspace_bytes=rows_fitting * ONE_ROW, **kw
         )
@@ -127,6 +160,82 @@ def test_sequence_level_recomputes_active_rows_where_they_do_not(objective, kw, 
 def test_what_looks_at_the_whole_batch_recomputes_unless_that_fits(objective):
     assert count(objective) == 3 * N
     assert count(objective, rows_fitting=N - 1) == N + 3 * N
+
+
+@pytest.mark.parametrize(
+    "objective, kw, expected",
+    [
+        (GRPO, ADVANTAGES, N - 7 + 2 * (N - 7 - 9)),
+        (GRPO, ADVANTAGES | {"frozen_head": True}, N - 7 + (N - 7 - 9)),
+        (DPO, {"frozen_head": True, "rows_fitting": 5}, 2 * (N - 7)),
+        (DPO, {"rows_fitting": PAIR}, N - 7 + 2 * (N - 7 - 9)),
+        (DPO, {"rows_fitting": PAIR - 1}, N - 7 + 3 * (N - 7 - 9)),
+    ],
+    ids=["token", "token-frozen", "sequence-frozen", "sequence-fits", "sequence-recomputes"],
+)
+def test_the_profiler_counts_the_same(objective, kw, expected):
+    assert count(objective, masked=7, far=9, counter=ProfiledRows, **kw) == expected
+
+
+@pytest.mark.skipif(
+    not interpreting() and not torch.cuda.is_available(), reason="needs a GPU or interpreter"
+)
+def test_kernels_that_write_no_logits_take_as_many(monkeypatch):
+    """The forward and the recomputation of the logits are kernels, the rest of the backward not."""
+    from humanline.kernels import linear_logps
+
+    device, launched = "cuda" if torch.cuda.is_available() else "cpu", []
+
+    def spy(name):
+        launch = getattr(linear_logps, name)
+
+        def spied(hidden, weight, labels, *args, index=None, **kwargs):
+            launched.append(len(labels if index is None else index))
+            return launch(hidden, weight, labels, *args, index=index, **kwargs)
+
+        monkeypatch.setattr(linear_logps, name, spied)
+
+    spy("linear_logps_forward")
+    spy("linear_logits_gradient")
+    hidden = torch.randn(B, T, H, device=device, requires_grad=True)
+    weight = torch.randn(V, H, device=device, requires_grad=True)
+    labels = torch.randint(0, V, (B, T), device=device)
+    labels.view(-1)[:7] = -100
+    with GemmRows() as gemms:
+        logps = hl.linear_token_logps(
+            hidden, weight, labels, backend="triton", workspace_bytes=9 * ONE_ROW
+        )
+        logps[2:].sum().backward()
+    assert launched == [N - 7, 9, 7]
+    assert gemms.rows == 2 * 2 * T
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a matter of oneDNN's")
+@pytest.mark.parametrize("rows_fitting", [N, 2])
+def test_bfloat16_on_a_cpu_is_multiplied_as_such(rows_fitting):
+    """In forward and backward: the factors are bfloat16, or oneDNN may take them for such."""
+    seen = []
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function.overloadpacket.__name__ in ("mm", "addmm", "addmm_"):
+                as_such = torch.backends.mkldnn.matmul.fp32_precision == "bf16"
+                seen.append(args[-1].dtype == torch.bfloat16 or as_such)
+            return function(*args, **(kwargs or {}))
+
+    hidden = torch.randn(B, T, H).bfloat16().requires_grad_()
+    weight = torch.randn(V, H).bfloat16().requires_grad_()
+    labels = torch.randint(0, V, (B, T))
+    with Products():
+        loss, _ = hl.DPO().from_hidden(
+            hidden,
+            weight,
+            labels,
+            torch.full((B, T), -4.0),
+            workspace_bytes=rows_fitting * 2 * ONE_ROW,
+        )
+        loss.backward()
+    assert len(seen) >= 3 and all(seen)
 
 
 def test_packed_pairs_of_uneven_length_go_by_what_is_labelled():

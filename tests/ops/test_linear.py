@@ -135,6 +135,24 @@ def test_bfloat16_logps_are_never_rounded_to_bfloat16(backend, device):
     assert error.max() < 2e-4 and error.mean() < 2e-5
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's GEMMs return float32")
+@pytest.mark.parametrize("frozen_head", [False, True])
+@pytest.mark.parametrize("upstream, casts", [(1.0, 1), (0.5, 1), (0.3, 2)])
+def test_bfloat16_gradients_of_hidden_are_cast_once(upstream, casts, frozen_head):
+    """And once more by an incoming gradient that is no power of two. Normalisers are small."""
+    b = Batch("cpu", torch.bfloat16, hidden=64, length=128)
+    small = {"advantages": b.batch["advantages"] / 1000}
+
+    def gradient(hidden, weight):
+        loss, _ = hl.GRPO().from_hidden(hidden, weight, b.labels, **small)
+        return torch.autograd.grad(loss * upstream, hidden)[0]
+
+    truth = gradient(leaf(b.hidden.double()), b.weight.double())
+    ours = gradient(leaf(b.hidden), b.weight.clone().requires_grad_(not frozen_head))
+    one_cast = rms(truth.bfloat16(), truth)
+    assert rms(ours, truth) <= 1.2 * casts**0.5 * one_cast
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("needs", ["hidden", "weight", "bias", "hidden weight", "weight bias"])
 @pytest.mark.parametrize("name", ["grpo", "dpo"])
@@ -255,14 +273,29 @@ def test_whatever_comes_in_scales_the_gradients(name, upstream, dtype, device):
         torch.testing.assert_close(d, (a.float() * upstream + more).to(dtype))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_backward_leaves_alone_what_earlier_ones_gave(dtype, device):
+    """The last one may scale what the forward saved where it lies."""
+    b = Batch(device, dtype)
+    hidden, logps_of = leaf(b.hidden), torch.randn(B, T, device=device)
+    frozen = hl.linear_token_logps(hidden, b.weight, b.labels)
+    for loss in (hl.SFT().from_hidden(hidden, b.weight, b.labels)[0], (frozen * logps_of).sum()):
+        first = [torch.autograd.grad(x * loss, hidden, retain_graph=True)[0] for x in (1, 0.5)]
+        before = [x.clone() for x in first]
+        first[1].zero_()  # nor is what they gave still anybody's
+        (last,) = torch.autograd.grad(loss, hidden)
+        assert torch.equal(first[0], before[0]) and torch.equal(last, before[0])
+        torch.testing.assert_close(before[1], 0.5 * before[0])
+
+
 def test_float16_coefficients_meet_the_loss_scale_before_they_underflow(device):
     b = Batch(device, torch.float16)
     hidden, weight = leaf(b.hidden), leaf(b.weight)
     tiny = {"advantages": b.batch["advantages"] * 1e-6}
     loss, _ = hl.GRPO().from_hidden(hidden, weight, b.labels, **tiny)
     (loss * 2.0**16).backward()
-    leaf_hidden = leaf(b.hidden.double())
-    expected, _ = hl.GRPO().from_hidden(leaf_hidden, b.weight.double(), b.labels, **tiny)
-    (truth,) = torch.autograd.grad(expected * 2.0**16, leaf_hidden)
-    error = (hidden.grad.double() - truth).abs()
-    assert error.max() < 2e-3 * truth.abs().max()
+    wide = leaf(b.hidden.double()), leaf(b.weight.double())
+    expected, _ = hl.GRPO().from_hidden(*wide, b.labels, **tiny)
+    truth = torch.autograd.grad(expected * 2.0**16, wide)
+    for x, t in zip((hidden, weight), truth, strict=True):
+        assert (x.grad.double() - t).abs().max() < 2e-3 * t.abs().max()
