@@ -30,6 +30,8 @@ from bench.environment import environment
 from bench.measure import status
 
 ROOT = Path(__file__).parents[1]
+COMMAND = "python -m bench.long_context"
+HEAD = ["", "tokens of a sequence", "× TRL's", "s a step"]
 BETA = 0.1
 DOES_NOT_FIT = 7  # a child's exit code
 
@@ -231,6 +233,20 @@ def agree(args):
             assert error < 1e-2, f"{variant}: {key} {result[key]}, all logits {expected[key]}"
 
 
+def table(results):
+    """A line for each variant."""
+    stock = next(r["length"] for r in results if r["variant"] == "TRL")
+    return [
+        [
+            r["variant"],
+            f"{r['length']:,}",
+            f"{r['length'] / stock:.1f}" if stock else "",
+            f"{r['seconds']:.0f}" if r["length"] else "",
+        ]
+        for r in results
+    ]
+
+
 def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cap-gib", type=float, default=2.0, help="memory a step may take, in GiB")
@@ -253,8 +269,8 @@ def main(argv=None):
         return
     agree(args)
     results = [find(variant, args) for variant in VARIANTS]
-    for result in results:
-        print(f"{result['variant']:26s} {result['length']:7d} tokens")
+    for line in [HEAD, *table(results)]:
+        print("".join(f"{cell:26s}" for cell in line))
     if args.json:
         names = ("cap_gib", "hidden", "layers", "vocab", "resolution")
         sizes = {name: getattr(args, name) for name in names}

@@ -5,11 +5,13 @@
     python -m bench.readme --check   # exit code 1 if README.md says something else
 """
 
+import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
-from bench import model
+from bench import long_context, model, reference_memory
 from bench.cases import SUITES
 from bench.measure import Result
 from bench.peers import OURS
@@ -46,7 +48,53 @@ def scale() -> str:
     return "\n".join(model.table())
 
 
-BLOCKS = {"cpu": cpu, "gpu": gpu, "scale": scale}
+def plots() -> str:
+    """Of each device the plots from hidden states; the others lie beside them."""
+    found = sorted(ROOT.glob("bench/results/*/plots/*.png"))
+    names = [p.relative_to(ROOT) for p in found if "-hidden-" in p.name or "roofline" in p.name]
+    return "\n".join(f'<img src="{p}" alt="{p.stem}" width="49%">' for p in names)
+
+
+def reference() -> str:
+    lines = []
+    for path, record in _records("reference-memory.json"):
+        rows = [reference_memory.HEAD, *reference_memory.table(record["results"])]
+        lines += [_where(path, record, reference_memory.COMMAND), "", *_markdown(rows)]
+    return "\n".join(lines)
+
+
+def context() -> str:
+    lines = []
+    for path, record in _records("long-context.json"):
+        rows = [long_context.HEAD, *long_context.table(record["results"])]
+        lines += [_where(path, record, long_context.COMMAND), "", *_markdown(rows)]
+    return "\n".join(lines)
+
+
+BLOCKS = {
+    "cpu": cpu,
+    "gpu": gpu,
+    "plots": plots,
+    "scale": scale,
+    "reference": reference,
+    "long-context": context,
+}
+
+
+def _records(name: str) -> list[tuple[Path, dict[str, Any]]]:
+    paths = sorted(ROOT.glob(f"bench/results/*/{name}"))
+    return [(p.relative_to(ROOT), json.loads(p.read_text(encoding="utf-8"))) for p in paths]
+
+
+def _where(path: Path, record: dict[str, Any], command: str) -> str:
+    e = record["environment"]
+    sizes = ", ".join(f"{k.replace('_', ' ')} {v:g}" for k, v in record["sizes"].items())
+    return f"`{command}` on {e['device']}, torch {e['torch'].split('+')[0]} ({sizes}; `{path}`):"
+
+
+def _markdown(rows: list[list[str]]) -> list[str]:
+    head, *body = (f"| {' | '.join(row)} |" for row in rows)
+    return [head, "|---" * len(rows[0]) + "|", *body]
 
 
 def _measured(results: Results, suite: str) -> str:

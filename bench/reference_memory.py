@@ -27,6 +27,7 @@ from humanline.reference import REFERENCES
 
 OBJECTIVE = hl.GRPO(perception=hl.Clip(-0.05, 0.05))
 ROOT = Path(__file__).parents[1]
+COMMAND = "python -m bench.reference_memory"
 KINDS = ("none", *REFERENCES)
 TRAINED = ("all weights", "LoRA")
 
