@@ -68,7 +68,9 @@ def hidden_gradient(
         product = dz @ weight
     else:
         at_label = labels.long()[:, None]
-        rest = dz.to(weight.dtype, copy=True).scatter_(1, at_label, 0) @ weight
+        # zeros, not 0: torch scatters a number far slower than a tensor
+        zeros = torch.zeros_like(at_label, dtype=weight.dtype)
+        rest = dz.to(weight.dtype, copy=True).scatter_(1, at_label, zeros) @ weight
         product = rest.to(dtype).addcmul_(dz.gather(1, at_label).to(dtype), weight[labels])
     return product if scale is None else product.mul_(scale[:, None])
 
