@@ -9,6 +9,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from bench import long_context, model, reference_memory
@@ -56,19 +57,11 @@ def plots() -> str:
 
 
 def reference() -> str:
-    lines = []
-    for path, record in _records("reference-memory.json"):
-        rows = [reference_memory.HEAD, *reference_memory.table(record["results"])]
-        lines += [_where(path, record, reference_memory.COMMAND), "", *_markdown(rows)]
-    return "\n".join(lines)
+    return _recorded("reference-memory.json", reference_memory)
 
 
 def context() -> str:
-    lines = []
-    for path, record in _records("long-context.json"):
-        rows = [long_context.HEAD, *long_context.table(record["results"])]
-        lines += [_where(path, record, long_context.COMMAND), "", *_markdown(rows)]
-    return "\n".join(lines)
+    return _recorded("long-context.json", long_context)
 
 
 BLOCKS = {
@@ -81,9 +74,14 @@ BLOCKS = {
 }
 
 
-def _records(name: str) -> list[tuple[Path, dict[str, Any]]]:
-    paths = sorted(ROOT.glob(f"bench/results/*/{name}"))
-    return [(p.relative_to(ROOT), json.loads(p.read_text(encoding="utf-8"))) for p in paths]
+def _recorded(name: str, benchmark: ModuleType) -> str:
+    """Of each file of that name: where it was measured, and the benchmark's own table."""
+    lines = []
+    for path in sorted(ROOT.glob(f"bench/results/*/{name}")):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        lines.append(_where(path.relative_to(ROOT), record, benchmark.COMMAND))
+        lines += ["", *_markdown([benchmark.HEAD, *benchmark.table(record["results"])])]
+    return "\n".join(lines)
 
 
 def _where(path: Path, record: dict[str, Any], command: str) -> str:
