@@ -1,25 +1,27 @@
 """The claim on a pretrained model: `humanline train`'s model and task, offline, humanline, online.
 
-    python -m bench.study.pretrained     writes results/pretrained.jsonl, then PRETRAINED.md
+    python -m bench.study.pretrained [--jobs N]    results/pretrained.jsonl, then PRETRAINED.md
 
 Every run is a line, written as it ends: after an interruption the same command goes on with the
-runs that are missing. About four minutes a run on one core; rules and rates are in pretrained.json.
+runs that are missing. A process uses one thread and 3.5 GB; a run takes it about four minutes, an
+online one ten. Rules and rates are in pretrained.json.
 """
 
+import argparse
 import json
 import random
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from bench.environment import device_name
 from bench.study.analyse import interval, shown, table
-from bench.study.run import HERE, RESULTS, read_results, recipe
+from bench.study.run import HERE, RESULTS, added, read_results, recipe, workers
 from humanline.reference import REFERENCES
 from humanline.training import arithmetic, data, evaluate, examples, score
 from humanline.training.config import TrainConfig
@@ -33,6 +35,8 @@ ARMS = {
     "online": {"perception": "none", "sync_every": 0},
 }
 CPU = torch.device("cpu")
+
+Run = tuple[str, str, int, float]  # objective, arm, seed, learning rate
 
 
 # Data
@@ -60,9 +64,15 @@ def tuning_questions(count: int) -> list[data.Question]:
 
 
 def sampled_steps(
-    policy: nn.Module, tokenizer: examples.Tokenizer, options: TrainConfig, task: dict, cost: dict
+    policy: nn.Module,
+    tokenizer: examples.Tokenizer,
+    options: TrainConfig,
+    task: dict[str, int],
+    prompts: int,
+    cost: dict[str, int],
 ) -> Iterator[list[examples.Batch]]:
-    """The batch of each step, sampled when it is asked for from the policy as it then stands."""
+    """The batch of each step, sampled when it is asked for from the policy as it then stands: of at
+    most so many prompts, so that a policy that is always right or always wrong comes to an end."""
     rows, size = read_rows(), options.per_device_train_batch_size
     pad = tokenizer.tokenizer.pad_token_id
     draws = torch.Generator().manual_seed(options.seed + 1)
@@ -70,7 +80,9 @@ def sampled_steps(
     waiting: list[int] = []
     while True:
         units: list[examples.Unit] = []
-        while len(units) < size:
+        for _ in range(prompts):
+            if len(units) >= size:
+                break
             waiting = waiting or torch.randperm(len(rows), generator=order).tolist()
             row = rows[waiting.pop()]
             policy.eval()
@@ -88,6 +100,9 @@ def sampled_steps(
                 dataset = data.Dataset("rewards", [example])
                 groups, _ = examples.make_units(dataset, tokenizer, options)
                 units += [unit for group in groups for unit in group]
+        if not units:
+            yield []  # nothing to learn from: the step changes nothing
+            continue
         batch = examples.collate(units[:size], options.objective, pad)
         if options.objective == "grpo":
             batch = replace(batch, extra=batch.extra | {"old_logps": "policy"})
@@ -97,10 +112,10 @@ def sampled_steps(
 # Runs
 
 
-def execute(
-    objective: str, arm: str, seed: int, lr: float, questions: list, config: dict[str, Any]
-) -> dict[str, Any]:
-    """Train as the arm says; what came of it, as a JSON object."""
+def execute(run: Run) -> dict[str, Any]:
+    """Train as the arm says, in a worker process; what came of it, as a JSON object."""
+    objective, arm, seed, lr = run
+    config = read_config()
     options = TrainConfig(
         objective=objective, learning_rate=lr, seed=seed, **ARMS[arm], **config["training"]
     )
@@ -111,14 +126,15 @@ def execute(
     cost, start = {"sampled": 0}, time.process_time()
     if arm == "online":
         task = {name: config["task"][name] for name in ("samples", "max_new_tokens")}
-        steps = sampled_steps(policy, tokenizer, options, task, cost)
+        prompts = config["online"]["prompts"]
+        steps = sampled_steps(policy, tokenizer, options, task, prompts, cost)
     else:
         dataset = data.read_examples(data.DEFAULT_TRAIN)
         groups, _ = examples.make_units(dataset, tokenizer, options)
         steps = examples.optimizer_steps(groups, options, tokenizer.tokenizer.pad_token_id)
     unclamped = train(policy, options, steps)
     seconds = time.process_time() - start
-    measured = evaluate.answers(questions, tokenizer, options)(policy, None)
+    measured = evaluate.answers(questions_of(seed, config), tokenizer, options)(policy, None)
     return {
         "objective": objective,
         "arm": arm,
@@ -133,6 +149,14 @@ def execute(
         "torch": torch.__version__.split("+")[0],
         **cost,
     }
+
+
+def questions_of(seed: int, config: dict[str, Any]) -> list[data.Question]:
+    """Rates are tuned on questions that the results are not measured with."""
+    tuning = config["tuning"]
+    if seed == tuning["seed"]:
+        return tuning_questions(tuning["questions"])
+    return data.read_questions(data.DEFAULT_HELDOUT)
 
 
 def train(policy: nn.Module, options: TrainConfig, steps: Iterator) -> list[float]:
@@ -158,35 +182,29 @@ def train(policy: nn.Module, options: TrainConfig, steps: Iterator) -> list[floa
     return unclamped
 
 
-def run_all(config: dict[str, Any]) -> dict[tuple, dict[str, Any]]:
-    """All runs, those that are missing added to the file; by objective, arm, seed and rate."""
-    LINES.parent.mkdir(exist_ok=True)
+def run_all(config: dict[str, Any], jobs: int) -> dict[Run, dict[str, Any]]:
+    """The results of all runs; those that are missing are added to the file."""
     done = {key(r): r for r in read_results(LINES, config)}
-    LINES.write_text("".join(json.dumps(r) + "\n" for r in done.values()), encoding="utf-8")
-    tuning, heldout = config["tuning"], data.read_questions(data.DEFAULT_HELDOUT)
-    total = len(config["objectives"]) * len(ARMS) * (len(tuning["lrs"]) + len(config["seeds"]))
-    with tqdm(total=total, initial=len(done), unit="run") as bar:
-
-        def run(*name, questions):
-            if name not in done:
-                done[name] = execute(*name, questions, config)
-                with LINES.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(done[name]) + "\n")
-                bar.update()
-
-        for objective in config["objectives"]:
-            for arm in ARMS:
-                for lr in tuning["lrs"]:
-                    questions = tuning_questions(tuning["questions"])
-                    run(objective, arm, tuning["seed"], lr, questions=questions)
-            for seed in config["seeds"]:
-                for arm in ARMS:
-                    lr = best_rate(done, config, objective, arm)
-                    run(objective, arm, seed, lr, questions=heldout)
+    for runs in (tuning_runs, final_runs):  # whose rates come of the former
+        missing = [run for run in runs(config, done) if run not in done]
+        with workers(jobs) as pool:
+            for result in added(pool, execute, missing, LINES, list(done.values())):
+                done[key(result)] = result
     return done
 
 
-def key(result: dict[str, Any]) -> tuple:
+def tuning_runs(config: dict[str, Any], done: dict[Run, dict[str, Any]]) -> list[Run]:
+    tuning = config["tuning"]
+    choices = product(config["objectives"], ARMS, [tuning["seed"]], tuning["lrs"])
+    return list(choices)
+
+
+def final_runs(config: dict[str, Any], done: dict[Run, dict[str, Any]]) -> list[Run]:
+    choices = product(config["objectives"], config["seeds"], ARMS)
+    return [(o, arm, seed, best_rate(done, config, o, arm)) for o, seed, arm in choices]
+
+
+def key(result: dict[str, Any]) -> Run:
     return tuple(result[name] for name in ("objective", "arm", "seed", "lr"))
 
 
@@ -263,9 +281,15 @@ def _section(objective: str, done: dict[tuple, dict[str, Any]], config: dict) ->
     ]
 
 
+def read_config() -> dict[str, Any]:
+    return json.loads(CONFIG.read_text(encoding="utf-8"))
+
+
 def main() -> None:
-    config = json.loads(CONFIG.read_text(encoding="utf-8"))
-    done = run_all(config)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--jobs", type=int, default=1, help="processes, of one thread each")
+    config = read_config()
+    done = run_all(config, parser.parse_args().jobs)
     (HERE / REPORT).write_text(report(done, config), encoding="utf-8")
 
 

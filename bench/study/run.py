@@ -13,7 +13,7 @@ import argparse
 import functools
 import json
 import statistics
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
@@ -93,23 +93,37 @@ def execute_all(runs: Iterable[Run], path: Path, jobs: int) -> list[dict[str, An
     done = {key(r): r for r in read_results(path, read_config())}
     runs = {(str(arm), *rest): (arm, *rest) for arm, *rest in runs}
     missing = [run for name, run in runs.items() if name not in done]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if done:  # without a half line at the end
-        path.write_text("".join(json.dumps(r) + "\n" for r in done.values()), encoding="utf-8")
-    context = get_context("spawn")
-    with (
-        ProcessPoolExecutor(jobs, context, torch.set_num_threads, (1,)) as pool,
-        path.open("a", encoding="utf-8") as file,
-    ):
+    with workers(jobs) as pool:
         seeds = sorted({seed for _, seed, _, _ in missing})
         list(tqdm(pool.map(build, seeds), "base models", len(seeds), unit="seed"))
+        for result in added(pool, execute, missing, path, list(done.values())):
+            done[key(result)] = result
+    return [done[name] for name in runs]
+
+
+def workers(jobs: int) -> ProcessPoolExecutor:
+    """Processes of one thread each."""
+    return ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (1,))
+
+
+def added(
+    pool: ProcessPoolExecutor,
+    execute: Callable[[Any], dict[str, Any]],
+    missing: list[Any],
+    path: Path,
+    done: list[dict[str, Any]],
+) -> Iterator[dict[str, Any]]:
+    """The results of the missing runs as they end, each added to ``path``, which holds ``done``."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8") as file:  # without a half line at the end
+        file.writelines(json.dumps(r) + "\n" for r in done)
+        file.flush()
         futures = [pool.submit(execute, run) for run in missing]
         for future in tqdm(as_completed(futures), path.stem, len(futures), unit="run"):
             result = future.result()
-            done[key(result)] = result
             file.write(json.dumps(result) + "\n")
             file.flush()
-    return [done[name] for name in runs]
+            yield result
 
 
 def key(result: dict[str, Any]) -> tuple:

@@ -1,11 +1,14 @@
 """The study on the pretrained model, without the model: its questions, rules and report."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
+from torch import nn
 
 from bench.study import pretrained
 from humanline.training import data
+from humanline.training.config import TrainConfig
 
 
 @pytest.fixture
@@ -25,6 +28,33 @@ def test_tuning_questions_are_new_and_always_the_same():
     assert len(set(drawn)) == 50 and not used.intersection(drawn)
     assert all(int(q.answer) == max(map(int, numbers(q.prompt))) for q in questions)
     assert questions == pretrained.tuning_questions(50)
+
+
+def test_a_policy_that_is_always_right_comes_to_an_end(monkeypatch):
+    """A step samples so many prompts at most, and may have nothing to learn from."""
+    monkeypatch.setattr(
+        pretrained.arithmetic, "sample_batch", lambda *args, **options: [["right"] * 12]
+    )
+    monkeypatch.setattr(pretrained.arithmetic, "kept_texts", lambda tokenizer, texts: texts)
+    monkeypatch.setattr(pretrained.arithmetic, "make_row", lambda row, texts: None)
+    tokenizer = SimpleNamespace(tokenizer=SimpleNamespace(pad_token_id=0))
+    policy, cost = nn.Linear(1, 1), {"sampled": 0}
+    steps = pretrained.sampled_steps(policy, tokenizer, TrainConfig(), {}, 5, cost)
+    assert [next(steps) for _ in range(3)] == [[], [], []] and cost["sampled"] == 3 * 5 * 12
+
+
+def test_final_rates_come_of_the_tuning_runs(config):
+    done = lines(config, lambda arm, seed, lr: lr if arm == "online" else -lr)
+    runs = pretrained.final_runs(config, done)
+    low, high = min(config["tuning"]["lrs"]), max(config["tuning"]["lrs"])
+    assert {(arm, lr) for _, arm, _, lr in runs} == {
+        ("offline", low),
+        ("humanline", low),
+        ("online", high),
+    }
+    assert len(runs) == len(config["objectives"]) * len(pretrained.ARMS) * len(config["seeds"])
+    assert all(len(pretrained.questions_of(seed, config)) == 240 for seed in (0, 100))
+    assert pretrained.questions_of(0, config) != pretrained.questions_of(100, config)
 
 
 def lines(config, accuracy):
