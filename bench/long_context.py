@@ -31,7 +31,7 @@ from bench.measure import status
 
 ROOT = Path(__file__).parents[1]
 COMMAND = "python -m bench.long_context"
-HEAD = ["", "tokens of a sequence", "× TRL's", "s a step"]
+HEAD = ["", "tokens of a sequence", "× stock", "s a step"]
 BETA = 0.1
 DOES_NOT_FIT = 7  # a child's exit code
 
@@ -234,8 +234,8 @@ def agree(args):
 
 
 def table(results):
-    """A line for each variant."""
-    stock = next(r["length"] for r in results if r["variant"] == "TRL")
+    """A line for each variant; "stock" is the better of those without humanline."""
+    stock = max(r["length"] for r in results if not r["variant"].startswith("humanline"))
     return [
         [
             r["variant"],

@@ -7,6 +7,7 @@ import pytest
 from torch import nn
 
 from bench.study import pretrained
+from bench.study.run import read_results
 from humanline.training import data
 from humanline.training.config import TrainConfig
 
@@ -94,3 +95,8 @@ def test_an_objective_that_has_not_run_says_so(config):
     done = lines(config, lambda *_: 0.5)
     text = pretrained.report({k: r for k, r in done.items() if k[0] == "grpo"}, config)
     assert text.endswith("## DPO\n\nNot run yet.\n") and "| humanline |" in text
+
+def test_the_committed_report_is_that_of_the_committed_runs(config):
+    runs = {pretrained.key(r): r for r in read_results(pretrained.LINES, config)}
+    written = (pretrained.HERE / pretrained.REPORT).read_text(encoding="utf-8")
+    assert pretrained.report(runs, config) == written, "run: python -m bench.study.pretrained"
