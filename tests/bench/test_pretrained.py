@@ -96,6 +96,7 @@ def test_an_objective_that_has_not_run_says_so(config):
     text = pretrained.report({k: r for k, r in done.items() if k[0] == "grpo"}, config)
     assert text.endswith("## DPO\n\nNot run yet.\n") and "| humanline |" in text
 
+
 def test_the_committed_report_is_that_of_the_committed_runs(config):
     runs = {pretrained.key(r): r for r in read_results(pretrained.LINES, config)}
     written = (pretrained.HERE / pretrained.REPORT).read_text(encoding="utf-8")
