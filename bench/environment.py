@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import importlib.util
+import json
 import os
 import platform
 import subprocess
@@ -29,6 +30,13 @@ def environment(device: str) -> dict[str, Any]:
         "peers": versions(),
         "date": date.today().isoformat(),
     }
+
+
+def write_record(path: Path, sizes: dict[str, Any], results: list[dict[str, Any]]) -> None:
+    """What a CPU benchmark measured, at which sizes, and on what, as JSON."""
+    record = {"environment": environment("cpu"), "sizes": sizes, "results": results}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1))
 
 
 def device_name(device: str) -> str:

@@ -26,10 +26,10 @@ import torch
 import torch.nn.functional as F
 
 import humanline as hl
-from bench.environment import environment
+from bench.environment import write_record
 from bench.measure import status
+from bench.run import ROOT
 
-ROOT = Path(__file__).parents[1]
 COMMAND = "python -m bench.long_context"
 HEAD = ["", "tokens of a sequence", "× stock"]
 BETA = 0.1
@@ -269,9 +269,7 @@ def main(argv=None):
     if args.json:
         names = ("cap_gib", "hidden", "layers", "vocab", "resolution", "longest")
         sizes = {name: getattr(args, name) for name in names}
-        record = {"environment": environment("cpu"), "sizes": sizes, "results": results}
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(record, indent=1))
+        write_record(args.json, sizes, results)
 
 
 if __name__ == "__main__":

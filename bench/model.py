@@ -15,7 +15,7 @@ from pathlib import Path
 
 from bench.cases import SEQUENCES, Case
 from bench.peers import OURS
-from bench.report import floor, megabytes, seconds
+from bench.report import floor, markdown, megabytes, seconds
 from bench.run import Results
 from humanline.ops import WORKSPACE_BYTES
 from humanline.ops.head_blocks import CPU_BLOCK_ROWS
@@ -267,28 +267,25 @@ def scales() -> list[tuple[Case, Layout, Prediction, Prediction]]:
     return rows
 
 
-def table() -> list[str]:
+def table() -> str:
     """The predictions in Markdown."""
-    lines = [
-        "| tokens × H × V | GPUs | tokens / vocabulary split | GEMMs | logits | collectives | "
-        "memory a GPU | eager's |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    head = ["tokens × H × V", "GPUs", "tokens / vocabulary split", "GEMMs", "logits"]
+    head += ["collectives", "memory a GPU", "eager's"]
+    rows = []
     for case, layout, ours, eager in scales():
         split = f"{layout.tokens}{' (FSDP)' if layout.gathered else ''} / {layout.vocab}"
         times = [seconds(x) if x else "0" for x in (ours.gemm, ours.passes, ours.collectives)]
-        lines.append(
-            f"| {case.tokens:,} × {case.hidden:,} × {case.vocab:,} | {layout.gpus:,} | {split} | "
-            f"{' | '.join(times)} | {megabytes(ours.bytes)} | {megabytes(eager.bytes)} |"
-        )
-    return lines
+        shape = f"{case.tokens:,} × {case.hidden:,} × {case.vocab:,}"
+        memory = [megabytes(ours.bytes), megabytes(eager.bytes)]
+        rows.append([shape, f"{layout.gpus:,}", split, *times, *memory])
+    return markdown(head, rows)
 
 
 def main(paths: list[str]) -> None:
     for path in map(Path, paths):
         print("\n".join(check(Results.load(path))), "\n")
     print("Predicted: GRPO, bf16, a trainable head, forward and backward, a step on H100s\n")
-    print("\n".join(table()))
+    print(table())
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from bench import long_context, model, reference_memory
 from bench.cases import SUITES
 from bench.measure import Result
 from bench.peers import OURS
-from bench.report import find, megabytes, note_on, seconds
+from bench.report import find, markdown, megabytes, note_on, seconds
 from bench.run import ROOT, Results
 from humanline.training.errors import UserError
 
@@ -29,24 +29,16 @@ def committed() -> list[Results]:
     return [Results.load(p) for p in sorted((ROOT / "bench/results").glob("*/results.json"))]
 
 
-def _on(gpu: bool) -> list[Results]:
-    return [r for r in committed() if ("cores" not in r.environment["device"]) == gpu]
-
-
 def cpu() -> str:
-    found = _on(gpu=False)
-    return (
-        "\n".join(_measured(r, "cpu") for r in found) if found else "On a CPU nothing is committed."
-    )
+    return _measured("cpu") or "On a CPU nothing is committed."
 
 
 def gpu() -> str:
-    found = _on(gpu=True)
-    return "\n".join(_measured(r, "gpu") for r in found) if found else NO_GPU
+    return _measured("gpu") or NO_GPU
 
 
 def scale() -> str:
-    return "\n".join(model.table())
+    return model.table()
 
 
 def plots() -> str:
@@ -80,7 +72,7 @@ def _recorded(name: str, benchmark: ModuleType) -> str:
     for path in sorted(ROOT.glob(f"bench/results/*/{name}")):
         record = json.loads(path.read_text(encoding="utf-8"))
         lines.append(_where(path.relative_to(ROOT), record, benchmark.COMMAND))
-        lines += ["", *_markdown([benchmark.HEAD, *benchmark.table(record["results"])])]
+        lines += ["", markdown(benchmark.HEAD, benchmark.table(record["results"]))]
     return "\n".join(lines)
 
 
@@ -90,14 +82,16 @@ def _where(path: Path, record: dict[str, Any], command: str) -> str:
     return f"`{command}` on {e['device']}, torch {e['torch'].split('+')[0]} ({sizes}; `{path}`):"
 
 
-def _markdown(rows: list[list[str]]) -> list[str]:
-    head, *body = (f"| {' | '.join(row)} |" for row in rows)
-    return [head, "|---" * len(rows[0]) + "|", *body]
+def _measured(suite: str) -> str:
+    """The cases of a suite, as measured on such a device; sweeps are plots."""
+    on_cpu = suite == "cpu"
+    found = [r for r in committed() if ("cores" in r.environment["device"]) == on_cpu]
+    return "\n".join(_tables(results, suite) for results in found)
 
 
-def _measured(results: Results, suite: str) -> str:
-    """A line on what and where, then a table for each entry point: a suite's cases by the peers
-    that ran them. Sweeps are plots."""
+def _tables(results: Results, suite: str) -> str:
+    """A line on what and where, then a table for each entry point: cases by the peers that ran
+    them."""
     e = results.environment
     path = results.path.relative_to(ROOT)
     lines = [
@@ -107,15 +101,12 @@ def _measured(results: Results, suite: str) -> str:
     ]
     cases = [c for c in results.cases if c in SUITES[suite]]
     for entry in dict.fromkeys(c.entry for c in cases):
-        rows = {c: results.of(c) for c in cases if c.entry == entry}
-        ran = dict.fromkeys(r.peer for of_case in rows.values() for r in of_case if r.seconds)
+        of_case = {c: results.of(c) for c in cases if c.entry == entry}
+        ran = {r.peer: note_on(r) for rs in of_case.values() for r in rs if r.seconds}
         peers = sorted(ran, key=lambda name: name != OURS)
-        lines += ["", f"| from {entry} | {' | '.join(peers)} |", "|---" * (1 + len(peers)) + "|"]
-        for case, of_case in rows.items():
-            cells = [_cell(find(of_case, peer)) for peer in peers]
-            lines.append(f"| {case.name} | {' | '.join(cells)} |")
-        notes = {r.peer: note_on(r) for of_case in rows.values() for r in of_case}
-        notes = "; ".join(f"{peer}: {notes[peer]}" for peer in peers if notes[peer])
+        rows = [[c.name, *(_cell(find(rs, p)) for p in peers)] for c, rs in of_case.items()]
+        lines += ["", markdown([f"from {entry}", *peers], rows)]
+        notes = "; ".join(f"{peer}: {ran[peer]}" for peer in peers if ran[peer])
         lines += ["", notes[0].upper() + notes[1:] + "."] if notes else []
     return "\n".join(lines)
 

@@ -22,11 +22,11 @@ import torch
 from torch import nn
 
 import humanline as hl
-from bench.environment import environment
+from bench.environment import write_record
+from bench.run import ROOT
 from humanline.reference import REFERENCES
 
 OBJECTIVE = hl.GRPO(perception=hl.Clip(-0.05, 0.05))
-ROOT = Path(__file__).parents[1]
 COMMAND = "python -m bench.reference_memory"
 KINDS = ("none", *REFERENCES)
 TRAINED = ("all weights", "LoRA")
@@ -184,9 +184,7 @@ def main(argv: list[str] | None = None) -> None:
         print("".join(f"{cell:24s}" for cell in line))
     if args.json:
         sizes = {k: v for k, v in vars(args).items() if k not in ("json", "child", "repeats")}
-        record = {"environment": environment("cpu"), "sizes": sizes, "results": results}
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(record, indent=1))
+        write_record(args.json, sizes, results)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Results as a table in a terminal."""
+"""Results as a table, in a terminal or in Markdown."""
 
 from bench.measure import Result
 from bench.peers import OURS, peers_of
@@ -66,3 +66,8 @@ def seconds(x: float) -> str:
 
 def megabytes(x: float) -> str:
     return f"{x / 1e6:,.0f} MB"
+
+
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

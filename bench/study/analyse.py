@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from bench.report import markdown
 from bench.study import arms
 from bench.study.run import HERE, RESULTS, final_runs, key, read_config, read_results
 
@@ -96,11 +97,6 @@ def verdict(kind: str, mean: float, half: float, p: float, margin: float) -> str
 # Tables
 
 
-def table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def shown(mean: float, half: float, sign: str = "") -> str:
     return f"{mean:{sign}.3f} ± {half:.3f}"
 
@@ -132,7 +128,7 @@ def arm_table(results: Results, config: dict, objective: str) -> str:
             ]
         )
     head = ["arm", "Pass@1", "mean of the curve", "greedy", "rate", "clip", "removed"]
-    return table([*head, "trained on", "sampled", "CPU s"], rows)
+    return markdown([*head, "trained on", "sampled", "CPU s"], rows)
 
 
 def contrast_rows(
@@ -161,7 +157,7 @@ def contrast_table(results: Results, config: dict, contrasts: list, measure: str
         for o in config["objectives"]
         for row in contrast_rows(results, o, measure, contrasts, margin)
     ]
-    return table(["", "claim", "contrast", "difference", "p", "p, Holm", ""], rows)
+    return markdown(["", "claim", "contrast", "difference", "p", "p, Holm", ""], rows)
 
 
 def sync_contrasts(config: dict) -> list:
@@ -280,7 +276,7 @@ def drift_table(results: Results, config: dict) -> str:
             mean, half = interval(results.values(str(arm), "drift"))
             rows.append([str(arm), f"{config['tuned'][str(arm)]['lr']:g}", shown(mean, half)])
     quantile = config["tuning"]["drift_quantile"]
-    return table(
+    return markdown(
         ["arm without clipping", "rate", f"{quantile:.0%} quantile of abs. log-ratio"], rows
     )
 
@@ -297,7 +293,7 @@ def tuning_table(config: dict) -> str:
         ]
         for arm, t in config["tuned"].items()
     ]
-    return table(["arm", *(f"{lr:g}" for lr in lrs)], rows)
+    return markdown(["arm", *(f"{lr:g}" for lr in lrs)], rows)
 
 
 def report(results: Results, config: dict) -> str:

@@ -20,8 +20,9 @@ import torch
 from torch import nn
 
 from bench.environment import device_name
-from bench.study.analyse import interval, shown, table
-from bench.study.run import HERE, RESULTS, added, read_results, recipe, workers
+from bench.report import markdown
+from bench.study.analyse import interval, shown
+from bench.study.run import HERE, RESULTS, added, read_config, read_results, recipe, workers
 from humanline.reference import REFERENCES
 from humanline.training import arithmetic, data, evaluate, examples, score
 from humanline.training.config import TrainConfig
@@ -115,7 +116,7 @@ def sampled_steps(
 def execute(run: Run) -> dict[str, Any]:
     """Train as the arm says, in a worker process; what came of it, as a JSON object."""
     objective, arm, seed, lr = run
-    config = read_config()
+    config = read_config(CONFIG)
     options = TrainConfig(
         objective=objective, learning_rate=lr, seed=seed, **ARMS[arm], **config["training"]
     )
@@ -275,20 +276,16 @@ def _section(objective: str, done: dict[tuple, dict[str, Any]], config: dict) ->
         d = [a - b for a, b in zip(values["humanline"], values[other], strict=True)]
         contrasts.append(f"humanline − {other}: {shown(*interval(d), '+')}")
     return [
-        table(head, rows),
+        markdown(head, rows),
         f"Paired by seed, {'; '.join(contrasts)}.",
-        table([f"tuning, seed {tuning['seed']}", *(f"{x:g}" for x in tuning["lrs"])], rates),
+        markdown([f"tuning, seed {tuning['seed']}", *(f"{x:g}" for x in tuning["lrs"])], rates),
     ]
-
-
-def read_config() -> dict[str, Any]:
-    return json.loads(CONFIG.read_text(encoding="utf-8"))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--jobs", type=int, default=1, help="processes, of one thread each")
-    config = read_config()
+    config = read_config(CONFIG)
     done = run_all(config, parser.parse_args().jobs)
     (HERE / REPORT).write_text(report(done, config), encoding="utf-8")
 

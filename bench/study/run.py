@@ -33,8 +33,8 @@ TWINS = {"humanline": "sync only", "online + humanline": "sync only", "clip only
 Run = tuple[arms.Arm, int, float, float | None]  # arm, seed, learning rate, clip bound
 
 
-def read_config() -> dict[str, Any]:
-    return json.loads(CONFIG.read_text(encoding="utf-8"))
+def read_config(path: Path = CONFIG) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def write_config(config: dict[str, Any]) -> None:

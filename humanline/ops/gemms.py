@@ -54,9 +54,10 @@ def form_logits(hidden: Tensor, weight: Tensor, out: Tensor) -> Tensor:
 
 
 def hidden_gradient(
-    dz: Tensor, weight: Tensor, labels: Tensor, scale: Tensor | None = None
+    dz: Tensor, weight: Tensor, labels: Tensor, index: Tensor, scale: Tensor | None = None
 ) -> Tensor:
-    """``scale · (dz @ weight)``: one reduction over the vocabulary, in float32 but on its way out.
+    """``scale · (dz @ weight)``, rows ``index``: one reduction over the vocabulary, in float32
+    but on its way out.
 
     A CPU has no GEMM from half precision to float32, and what it rounds would be rounded again by
     the scale. Most of a row comes from its label: that part is added in float32, unrounded.
@@ -67,11 +68,12 @@ def hidden_gradient(
     elif weight.dtype == dtype:
         product = dz @ weight
     else:
-        at_label = labels.long()[:, None]
+        of_rows = labels[index].long()
+        at_label = of_rows[:, None]
         # zeros, not 0: torch scatters a number far slower than a tensor
         zeros = torch.zeros_like(at_label, dtype=weight.dtype)
         rest = dz.to(weight.dtype, copy=True).scatter_(1, at_label, zeros) @ weight
-        product = rest.to(dtype).addcmul_(dz.gather(1, at_label).to(dtype), weight[labels])
+        product = rest.to(dtype).addcmul_(dz.gather(1, at_label).to(dtype), weight[of_rows])
     return product if scale is None else product.mul_(scale[:, None])
 
 
@@ -86,7 +88,7 @@ def write_hidden_gradient_(
 ) -> None:
     """``dh[index] = scale · (dz @ weight)``, of the first ``count`` rows if that is given."""
     if count is None:
-        dh[index] = hidden_gradient(dz, weight, labels[index], scale).to(dh.dtype)
+        dh[index] = hidden_gradient(dz, weight, labels, index, scale).to(dh.dtype)
     else:
         from humanline.kernels.matmul import hidden_gradient_
 

@@ -210,7 +210,7 @@ def _by_blocks(
         if ctx.with_entropy:
             entropy[block.index] = block.entropy
         if ctx.unit:
-            unit = hidden_gradient(block.gradient(), weight, labels[block.index])
+            unit = hidden_gradient(block.gradient(), weight, labels, block.index)
             dh[block.index] = unit.to(dh.dtype)
     return logps, entropy, dh
 

@@ -129,7 +129,7 @@ class _LinearObjective(torch.autograd.Function):
             if need_hidden:
                 if scales is not None:
                     scales[block.index], scale = scale, None
-                of_rows = hidden_gradient(dz, weight, labels[block.index], scale)
+                of_rows = hidden_gradient(dz, weight, labels, block.index, scale)
                 dh[block.index] = of_rows.to(dh.dtype)
 
         whole = whole or evaluate_batch(problem, logps, entropy, backend)

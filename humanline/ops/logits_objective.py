@@ -10,6 +10,7 @@ from humanline import autograd, checks
 from humanline.dtypes import compute_dtype
 from humanline.ops.blocks import indices, row_blocks, zero_rows_
 from humanline.ops.logits import divide_by_temperature, row_temperature
+from humanline.ops.scaling import multiply, scaled_gradient
 from humanline.ops.softmax import SoftmaxBlock
 from humanline.rows import IGNORE_INDEX
 from humanline.seam import Coefficients, Evaluation, Problem, evaluate
@@ -96,14 +97,13 @@ class _LogitsObjective(torch.autograd.Function):
                 "backward: call from_logits again for a second one"
             )
         (grad,) = ctx.saved_tensors
+        ctx.spent = ctx.by_kernel or ctx.inplace
         if ctx.by_kernel:
-            ctx.spent = True
             _scale_(grad, upstream)
         elif ctx.inplace:
-            ctx.spent = True
-            grad.mul_(upstream)
+            multiply(grad, upstream, grad)
         else:
-            grad = scaled(grad, upstream)
+            grad = scaled_gradient(grad, upstream)
         return grad, *[None] * 5
 
 
@@ -196,10 +196,3 @@ def _in_torch(problem, logits, labels, temperature, out: Tensor) -> Evaluation:
         if not in_place:
             grad_rows[rows] = dz.to(out.dtype)
     return evaluate(problem, logps, entropy)
-
-
-def scaled(x: Tensor, upstream: Tensor) -> Tensor:
-    """``x · upstream``; on the CPU, where looking is free, ``x`` itself if that is the number 1."""
-    if upstream.device.type == "cpu" and upstream.dim() == 0 and upstream == 1:
-        return x
-    return (x * upstream).to(x.dtype)

@@ -13,9 +13,11 @@ _FLOATS = 2**18  # a MiB: what a CPU widens at a time
 def multiply(x: Tensor, factor: Tensor, out: Tensor) -> Tensor:
     """``out = x · factor``, in float32 at least, for one factor or one a row; ``out`` may be ``x``.
 
-    On a CPU torch widens all of a half-precision tensor before it multiplies: there it is given a
-    few rows at a time.
+    On a CPU torch widens all of a half-precision tensor before it multiplies, unless by a number:
+    there it is given a few rows at a time.
     """
+    if factor.device.type == "cpu" and factor.dim() == 0 and out.dtype == x.dtype:
+        return torch.mul(x, factor, out=out)
     factor = factor.reshape(-1, *[1] * (x.dim() - 1)).expand(len(x), *x.shape[1:])
     rows = len(x) if x.is_cuda else max(1, _FLOATS // max(1, math.prod(x.shape[1:])))
     for start in range(0, len(x), rows):

@@ -1,20 +1,19 @@
 """The study on the pretrained model, without the model: its questions, rules and report."""
 
-import json
 from types import SimpleNamespace
 
 import pytest
 from torch import nn
 
 from bench.study import pretrained
-from bench.study.run import read_results
+from bench.study.run import read_config, read_results
 from humanline.training import data
 from humanline.training.config import TrainConfig
 
 
 @pytest.fixture
 def config():
-    return json.loads(pretrained.CONFIG.read_text(encoding="utf-8"))
+    return read_config(pretrained.CONFIG)
 
 
 def numbers(prompt) -> frozenset[str]:

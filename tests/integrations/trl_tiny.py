@@ -13,6 +13,7 @@ import datasets
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch.testing import assert_close
 from transformers import (
     Cohere2Config,
     Cohere2ForCausalLM,
@@ -248,8 +249,32 @@ def plain_loop(batches, accumulation, sync_every, clip, loss_of):
     return policy, losses, min(unclamped)
 
 
-def check_evaluation(trainer, metrics, results) -> None:
-    """What an evaluation found is the mean over its batches; of each, loss and statistics."""
+def check_loss(trainer, batch, expected):
+    """Loss, gradients and metrics of a batch, against ``expected(batch)``: loss and statistics.
+
+    Returns the metrics and the statistics.
+    """
+    loss, grads, metrics = loss_and_gradients(trainer, batch)
+    truth, stats = expected(batch)
+    truth.backward()
+    assert 0 < stats["humanline/unclamped"] < 1
+    assert_close(loss, truth.detach(), rtol=1e-5, atol=1e-6)
+    assert any(g.abs().max() > 1e-5 for g in grads.values())
+    assert_close(grads, gradients(trainer.model), rtol=1e-4, atol=2e-6)
+    for name, value in stats.items():
+        if name in metrics:
+            assert metrics[name] == [pytest.approx(value.item(), rel=1e-4, abs=1e-6)]
+    return metrics, stats
+
+
+def check_evaluation(trainer, expected) -> None:
+    """Of a disturbed policy, an evaluation finds the mean over its batches of what
+    ``expected(batch)`` gives: loss and statistics."""
+    disturb(trainer.model)
+    batches = recorded(trainer)
+    metrics = trainer.evaluate()
+    with torch.no_grad():
+        results = [expected(batch) for batch in batches]
     losses, stats = zip(*results, strict=True)
     assert len(losses) > 1 and all(0 < s["humanline/unclamped"] < 1 for s in stats)
     assert metrics["eval_loss"] == pytest.approx(sum(losses).item() / len(losses), rel=1e-5)
