@@ -13,6 +13,7 @@ import os
 import re
 import subprocess
 import tempfile
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -42,7 +43,7 @@ TARGETS = {
 }
 TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 INTEGERS = {
-    *("V", "H", "n", "rows", "rows_per_sequence", "chunks", "tiles_per_chunk", "group"),
+    *("V", "width", "H", "n", "rows", "rows_per_sequence", "chunks", "tiles_per_chunk", "group"),
     *("row_stride", "rows_per_batch", "batch_stride_rows"),
     *("hidden_stride", "weight_stride", "dz_stride", "out_stride"),
 }
@@ -113,19 +114,21 @@ def compile_variant(name: str, target: str, vocab: int, dtype: str, aligned: boo
     if name in GEMMS:
         return _compile_gemm(name, target, dtype, aligned)
     function, constants = VARIANTS[name]
-    # Between a head's GEMMs logits are float32, whatever the GEMMs are in.
-    logits = TORCH_DTYPES["fp32" if "z_ptr" in function.arg_names else dtype]
-    config = row_config(vocab, logits, aligned)
+    # Between a head's GEMMs logits are float32, whatever the GEMMs are in, and in rows of ours.
+    ours = "z_ptr" in function.arg_names
+    config = row_config(vocab, TORCH_DTYPES["fp32" if ours else dtype], aligned or ours)
     warps = config.pop("num_warps")
     if "LANES" not in function.arg_names:
         warps = 8 if name == "scale" else 4
     if TARGETS[target].backend == "hip":
         warps //= 2
     defaults = {"TEMPERATURE_PER_ROW": False, "ON_POLICY": False, **config}
-    defaults |= {"PER_TOKEN": True, "PACKED": True, "BLOCK": 1024, "KEPT": True, "OF_LOGP": True}
+    defaults |= {"PER_TOKEN": True, "PACKED": True, "BLOCK": 1024, "OF_LOGP": True}
+    defaults |= {"KEPT": True, "COUNT": True}
     constants = {**{k: v for k, v in defaults.items() if k in function.arg_names}, **constants}
     types = {a: _type(a, dtype) for a in function.arg_names}
-    return _compile(name, target, function, constants, types, aligned, num_warps=warps)
+    odd = () if aligned else ("V",) if ours else INTEGERS
+    return _compile(name, target, function, constants, types, odd, num_warps=warps)
 
 
 def _compile_gemm(name: str, target: str, dtype: str, aligned: bool) -> Report:
@@ -140,7 +143,8 @@ def _compile_gemm(name: str, target: str, dtype: str, aligned: bool) -> Report:
     constants = {flag: constants.get(flag, False) for flag in flags}
     for flag in (f for f in flags if f.endswith("_DESCRIPTOR")):
         constants[flag] = types[flag.removesuffix("_DESCRIPTOR").lower()].startswith("tensordesc")
-    return _compile(name, target, function, {**tiles, **constants}, types, aligned, **options)
+    odd = () if aligned else INTEGERS
+    return _compile(name, target, function, {**tiles, **constants}, types, odd, **options)
 
 
 def _columns(function, constants: dict) -> int:
@@ -169,13 +173,13 @@ def _operands(function, constants: dict, config: GemmConfig, dtype: str, descrip
     }
 
 
-def _compile(name, target, function, constants: dict, types: dict, aligned: bool, **options):
+def _compile(name, target, function, constants: dict, types: dict, odd: Iterable[str], **options):
     signature = {a: "constexpr" if a in constants else types[a] for a in function.arg_names}
     source = ASTSource(
         fn=function,
         signature=signature,
         constexprs={(function.arg_names.index(k),): v for k, v in constants.items()},
-        attrs=_divisible_by_16(function, signature, aligned),
+        attrs=_divisible_by_16(function, signature, odd),
     )
     compiled = triton.compile(source, target=TARGETS[target], options=options)
     read = _read_amd if TARGETS[target].backend == "hip" else _read_nvidia
@@ -185,7 +189,7 @@ def _compile(name, target, function, constants: dict, types: dict, aligned: bool
 def _type(argument: str, dtype: str) -> str:
     if argument in ("logits_ptr", "grad_ptr", "x_ptr", "dz_ptr", "hidden_ptr", "out_ptr"):
         return f"*{dtype}"
-    if argument in ("labels_ptr", "index_ptr", "kept_ptr", "cu_seqlens_ptr"):
+    if argument in ("labels_ptr", "index_ptr", "kept_ptr", "first_ptr", "cu_seqlens_ptr"):
         return "*i64"
     if argument == "count_ptr":
         return "*i32"
@@ -198,13 +202,12 @@ def _type(argument: str, dtype: str) -> str:
     return "i32" if argument.removeprefix("grad_") in INTEGERS else "fp32"
 
 
-def _divisible_by_16(function, signature: dict, aligned: bool) -> dict:
-    """What the launcher's specialisation finds: pointers aligned, vocabulary and row stride too."""
-    if not aligned:
-        names = [n for n in signature if signature[n].startswith("*")]
-    else:
-        skip = {p.name for p in function.params if p.do_not_specialize}
-        names = [n for n in signature if signature[n][0] in "*i" and n not in skip]
+def _divisible_by_16(function, signature: dict, odd: Iterable[str]) -> dict:
+    """What the launcher's specialisation finds: pointers aligned, and integers that are not odd."""
+    skip = {p.name for p in function.params if p.do_not_specialize}.union(odd)
+    names = [
+        n for n in signature if signature[n][0] in "*i" and n.removeprefix("grad_") not in skip
+    ]
     return {(function.arg_names.index(n),): [["tt.divisibility", 16]] for n in names}
 
 

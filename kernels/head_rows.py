@@ -2,8 +2,12 @@
 
 The block ``[n, V]`` is the float32 product of hidden states and weight, in a workspace. A first
 kernel reads it for each row's statistics; a second one, once the rows' coefficients are known,
-reads the rows that have one and writes their gradient in the dtype of the GEMMs that follow. Bytes
-per logit: 4 written by the GEMM, 4 read, then 4 read and 2 written for active rows.
+reads the rows that have one and writes their gradient in the dtype of the GEMMs that follow, into
+the same memory. Bytes per logit: 4 written by the GEMM, 4 read, then 4 read and 2 written for
+active rows.
+
+The more rows fit the workspace, the better: each block reads and writes the weight's gradient as a
+whole, V·H floats. On an H100 that hides behind the block's own GEMM from about 1,000 rows on.
 """
 
 import torch
@@ -11,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import RowTensor, dense, row_config
+from .launch import dense, row_config, row_length
 from .rows import (
     LOG2E,
     inverse_temperature,
@@ -34,6 +38,8 @@ def _softmax(
     sum_ptr,
     entropy_ptr,
     V,
+    width,
+    row_stride,
     logit_scale,
     logit_softcap,
     TEMPERATURE_PER_ROW: tl.constexpr,
@@ -43,7 +49,7 @@ def _softmax(
     PER_LANE: tl.constexpr,
 ):
     row = tl.program_id(0)
-    row_ptr = z_ptr + row.to(tl.int64) * V
+    row_ptr = z_ptr + row.to(tl.int64) * row_stride
     inverse = inverse_temperature(temperature_ptr, row, TEMPERATURE_PER_ROW)
     m, s, t = row_statistics(
         row_ptr,
@@ -56,6 +62,7 @@ def _softmax(
         logit_scale,
         logit_softcap,
         SOFTCAP,
+        width,
     )
     label = tl.load(labels_ptr + row)
     logp = label_logp(row_ptr, label, inverse, m, s, bias_ptr, logit_scale, logit_softcap, SOFTCAP)
@@ -71,6 +78,8 @@ def _gradient(
     dz_ptr,
     z_ptr,
     kept_ptr,
+    count_ptr,
+    first_ptr,
     labels_ptr,
     temperature_ptr,
     bias_ptr,
@@ -81,17 +90,26 @@ def _gradient(
     of_logp_ptr,
     of_entropy_ptr,
     V,
+    width,
+    row_stride,
+    out_stride,
     logit_scale,
     logit_softcap,
     TEMPERATURE_PER_ROW: tl.constexpr,
     SOFTCAP: tl.constexpr,
     KEPT: tl.constexpr,
+    COUNT: tl.constexpr,
     OF_LOGP: tl.constexpr,
     ENTROPY: tl.constexpr,
     LANES: tl.constexpr,
     PER_LANE: tl.constexpr,
 ):
     out = tl.program_id(0)
+    place = out.to(tl.int64)
+    if COUNT:
+        if out >= tl.load(count_ptr):
+            return
+        place += tl.load(first_ptr)
     row = out
     if KEPT:
         row = tl.load(kept_ptr + out).to(tl.int32)
@@ -99,8 +117,8 @@ def _gradient(
     if ENTROPY:
         entropy = tl.load(entropy_ptr + row)
     write_gradient(
-        dz_ptr + out.to(tl.int64) * V,
-        z_ptr + row.to(tl.int64) * V,
+        dz_ptr + place * out_stride,
+        z_ptr + row.to(tl.int64) * row_stride,
         V,
         tl.load(labels_ptr + row),
         inverse_temperature(temperature_ptr, row, TEMPERATURE_PER_ROW),
@@ -117,14 +135,23 @@ def _gradient(
         logit_scale,
         logit_softcap,
         SOFTCAP,
+        width,
+        OVERLAP=True,
     )
+
+
+def _aligned(x: Tensor) -> bool:
+    """Whether every row starts at a multiple of 16 bytes and of 16 elements."""
+    return x.data_ptr() % 16 == 0 and x.stride(0) % 16 == 0
 
 
 class HeadRows:
     """Softmax of the rows of a block, and the way back.
 
     Args:
-        z: ``hidden @ weight.T`` in float32, contiguous ``[n, V]``; stays as it is.
+        z: ``hidden @ weight.T`` in float32, ``[n, V]``. Where its rows start at multiples of 16
+            elements, there is memory up to the next one behind each: that is read (and ignored),
+            so that a vocabulary of any size is loaded 16 bytes at a time.
         labels: integer ``[n]``, each in ``[0, V)``.
         temperature: a scalar, or ``[n]``.
         bias: ``[V]`` or None.
@@ -146,11 +173,13 @@ class HeadRows:
         with_entropy: bool = False,
     ):
         self._z, self._labels, self._temperature, self._bias = z, labels, temperature, bias
-        self._scalars = z.shape[1], float(logit_scale), float(logit_softcap or 0.0)
+        vocab, aligned = z.shape[1], _aligned(z)
+        self._width = row_length(vocab) if aligned else vocab
+        self._scalars = float(logit_scale), float(logit_softcap or 0.0)
         self._constants = {
             "TEMPERATURE_PER_ROW": temperature.dim() > 0,
             "SOFTCAP": logit_softcap is not None,
-            **row_config(z.shape[1], z.dtype, RowTensor.of(z).aligned),
+            **row_config(vocab, z.dtype, aligned),
         }
         self.logps, self._max, self._sum = (z.new_empty(len(z)) for _ in range(3))
         self.entropy = torch.empty_like(self.logps) if with_entropy else None
@@ -165,6 +194,9 @@ class HeadRows:
                     self._max,
                     self._sum,
                     self.entropy,
+                    vocab,
+                    self._width,
+                    z.stride(0),
                     *self._scalars,
                     ENTROPY=with_entropy,
                     **self._constants,
@@ -176,25 +208,33 @@ class HeadRows:
         kept: Tensor | None = None,
         of_logp: Tensor | None = None,
         of_entropy: Tensor | None = None,
+        count: Tensor | None = None,
+        first: Tensor | None = None,
     ) -> Tensor:
         """Gradient by ``z`` of ``Σ of_logp·logp + of_entropy·entropy`` over some rows.
 
         Args:
-            out: where to write it, ``[≥ k, V]``, contiguous, any dtype.
+            out: where to write it, ``[≥ k, V]``, rows as those of z. It may be the memory of z
+                itself, row i in row i of it, in any dtype no wider than float32, if each
+                ``kept[i]`` is i or at least k; then this can be called once.
             kept: the rows, integer ``[k]``; all if None.
             of_logp: float ``[k]``; 1 for all if None.
             of_entropy: float ``[k]``; 0 for all if None.
+            count, first: integer scalars on the device: only the first ``count`` of these rows
+                are written, to ``out[first:]``.
 
         Returns:
             ``out[:k]``.
         """
-        k = len(self._z) if kept is None else len(kept)
+        vocab, k = self._z.shape[1], len(self._z if kept is None else kept)
         if k:
             with torch.cuda.device_of(out):
                 _gradient[(k,)](
                     out,
                     self._z,
                     kept,
+                    count,
+                    first,
                     dense(self._labels),
                     dense(self._temperature),
                     self._bias,
@@ -204,8 +244,13 @@ class HeadRows:
                     self.entropy,
                     dense(of_logp),
                     dense(of_entropy),
+                    vocab,
+                    self._width if _aligned(out) else vocab,
+                    self._z.stride(0),
+                    out.stride(0),
                     *self._scalars,
                     KEPT=kept is not None,
+                    COUNT=count is not None,
                     OF_LOGP=of_logp is not None,
                     ENTROPY=of_entropy is not None,
                     **self._constants,

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
+import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -51,6 +52,12 @@ class RowTensor:
 def _even(x: Tensor) -> bool:
     """Whether the batch stride of ``[B, T, V]`` is a whole number of rows."""
     return x.stride(1) > 0 and x.stride(0) % x.stride(1) == 0
+
+
+def row_length(vocab: int) -> int:
+    """Elements from one row to the next where we lay them out: with every row at a multiple of 16,
+    a vocabulary such as 50,257 is loaded, and multiplied, 16 bytes at a time."""
+    return triton.cdiv(vocab, 16) * 16
 
 
 def dense(x: Tensor | None) -> Tensor | None:

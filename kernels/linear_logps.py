@@ -275,6 +275,7 @@ def _merge_chunks(
 @triton.jit(do_not_specialize=_LENGTHS)
 def _gradient(
     dz_ptr,
+    dz_stride,
     hidden,
     hidden_stride,
     weight,
@@ -368,7 +369,7 @@ def _gradient(
     )
     dz *= inverse[:, None] * slope
     dz = tl.where(active[:, None], dz, 0.0).to(dz_ptr.dtype.element_ty)
-    out = dz_ptr + position.to(tl.int64)[:, None] * V + columns[None, :]
+    out = dz_ptr + position.to(tl.int64)[:, None] * dz_stride + columns[None, :]
     tl.store(out, dz, (position < n)[:, None] & (columns < V)[None, :])
 
 
@@ -519,8 +520,8 @@ def linear_logits_gradient(
         logps, entropy, row_max, row_sum: ``[n]``, of these n rows, by the forward.
         of_logp: ``[n]``; None for 1.
         of_entropy: ``[n]``; None for 0, then ``entropy`` is not looked at.
-        out: contiguous ``[n, V]`` (or more rows) to write to; one in ``dtype`` (the weight's, if
-            None) is made otherwise.
+        out: ``[n, V]`` (or more rows), rows contiguous, to write to; if None, one is made in
+            ``dtype``, or that of the weight.
     """
     columns = gradient_columns(of_entropy is not None, logit_softcap is not None)
     config = gemm_config(weight.dtype, gemm_target(weight), columns)
@@ -535,6 +536,7 @@ def linear_logits_gradient(
     with torch.cuda.device_of(hidden):
         _gradient[(triton.cdiv(n, config.rows) * triton.cdiv(vocab, config.columns),)](
             out,
+            out.stride(0),
             *operands,
             dense(bias),
             dense(labels),

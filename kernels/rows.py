@@ -78,18 +78,21 @@ def head_options(z, columns, inside, bias_ptr, logit_scale, logit_softcap, SOFTC
 def load_logits(
     row_ptr,
     columns,
-    inside,
+    V,
+    width,
     bias_ptr,
     logit_scale,
     logit_softcap,
     SOFTCAP: tl.constexpr,
     EVICTION: tl.constexpr,
 ):
-    """Logits of a row at these columns and their slopes, see head_options; where not ``inside``,
-    they are to be ignored."""
-    z = tl.load(row_ptr + columns, mask=inside, other=float("-inf"), eviction_policy=EVICTION)
+    """Logits of a row at these columns, of which there are ``width`` in memory, and their slopes,
+    see head_options; from V on they are to be ignored."""
+    z = tl.load(
+        row_ptr + columns, mask=columns < width, other=float("-inf"), eviction_policy=EVICTION
+    )
     return head_options(
-        z.to(tl.float32), columns, inside, bias_ptr, logit_scale, logit_softcap, SOFTCAP
+        z.to(tl.float32), columns, columns < V, bias_ptr, logit_scale, logit_softcap, SOFTCAP
     )
 
 
@@ -133,25 +136,28 @@ def row_statistics(
     logit_scale=1.0,
     logit_softcap=0.0,
     SOFTCAP: tl.constexpr = False,
+    width=None,
 ):
     """Maximum ``m`` of the row ``z``, ``s = Σ 2^((z−m) scale)``, and with ENTROPY
     ``t = Σ 2^((z−m) scale) (z−m)``.
 
     The maximum is subtracted before the scale is applied, where it is exact: at logits of 1e4 the
-    product alone would lose three digits.
+    product alone would lose three digits. ``width`` elements of the row may be read, if that is
+    more than V: a multiple of 16 lets a row of any length be loaded 16 bytes at a time.
     """
     columns = tile_columns(LANES, PER_LANE)
     scales = tl.full([LANES], scale, tl.float32)
     m = tl.full([LANES], float("-inf"), tl.float32)
     s = tl.zeros([LANES], tl.float32)
     t = tl.zeros([LANES], tl.float32)
+    if width is None:
+        width = V
     for start in range(0, V, LANES * PER_LANE):
         at = start + columns
-        inside = at < V
         z, _ = load_logits(
-            row_ptr, at, inside, bias_ptr, logit_scale, logit_softcap, SOFTCAP, "evict_last"
+            row_ptr, at, V, width, bias_ptr, logit_scale, logit_softcap, SOFTCAP, "evict_last"
         )
-        z = tl.where(inside, z, float("-inf"))
+        z = tl.where(at < V, z, float("-inf"))
         m, s, t = add_tile(m, s, t, z, scales, ENTROPY)
     return merge(m, s, t, scale, ENTROPY)
 
@@ -226,22 +232,29 @@ def write_gradient(
     logit_scale=1.0,
     logit_softcap=0.0,
     SOFTCAP: tl.constexpr = False,
+    width=None,
+    OVERLAP: tl.constexpr = False,
 ):
     """Write ``(g (onehot − p) + g_entropy (−p log p − p H)) / temperature``, each element once.
 
     ``m`` and ``s`` are the row's statistics, ``logp`` and ``entropy`` in nats. The gradient is that
-    of the head's product where options of the head are given, see head_options.
+    of the head's product where options of the head are given, see head_options. ``width`` as in
+    row_statistics: so many elements are written. OVERLAP says that the gradient, of elements no
+    wider than the logits', may start where the row does.
     """
+    if width is None:
+        width = V
     scale = inverse_temperature * LOG2E
     log2_s = tl.log2(s)
     columns = tile_columns(LANES, PER_LANE)
     at_label = g * one_minus_exp(logp)
     for start in range(0, V, LANES * PER_LANE):
         at = start + columns
-        inside = at < V
         z, slope = load_logits(
-            row_ptr, at, inside, bias_ptr, logit_scale, logit_softcap, SOFTCAP, "evict_first"
+            row_ptr, at, V, width, bias_ptr, logit_scale, logit_softcap, SOFTCAP, "evict_first"
         )
+        if OVERLAP:  # what is written lies in this tile or before it: every warp must have read it
+            tl.debug_barrier()
         grad = logit_gradient(
             z,
             at == label,
@@ -255,7 +268,7 @@ def write_gradient(
             ENTROPY,
         )
         grad = (grad * inverse_temperature * slope).to(grad_ptr.dtype.element_ty)
-        tl.store(grad_ptr + at, grad, inside)
+        tl.store(grad_ptr + at, grad, at < width)
 
 
 @triton.jit

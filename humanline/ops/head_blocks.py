@@ -22,6 +22,7 @@ from humanline.ops.softmax import SoftmaxBlock, front_order, to_front_
 # each block reads and writes the whole gradient of the weight.
 CPU_BLOCK_ROWS = 512
 TILE_ROWS = 128  # of a GPU's GEMMs
+MIN_ROWS = 256  # to multiply a weight by while it is read, on an H100
 
 #: Looks at a block: the indices ``[n]`` of its rows and their logits ``[n, V]``, which it may read
 #: but neither keep nor change.
@@ -90,11 +91,11 @@ class TritonBlock:
     def __init__(self, memory, hidden, weight, labels, head: Head, index, with_entropy: bool):
         from humanline.kernels.head_rows import HeadRows
 
-        z, self._dz = memory
+        vocab, temperature = len(weight), head.temperature
         self.hidden, self.index, self._kept = hidden[index], index, None
-        temperature = head.temperature
+        self._dz = memory.view(weight.dtype)[:, :vocab]  # over the logits it is made of
         self._rows = HeadRows(
-            form_logits(self.hidden, weight, z[: len(index)]),
+            form_logits(self.hidden, weight, memory[: len(index), :vocab]),
             labels[index],
             temperature[index] if temperature.dim() else temperature,
             head.bias,
@@ -106,20 +107,38 @@ class TritonBlock:
 
     @staticmethod
     def bytes_per_row(weight: Tensor, head: Head, with_entropy: bool) -> int:
-        return len(weight) * (torch.float32.itemsize + weight.element_size())
+        return padded_length(weight) * torch.float32.itemsize
 
     @staticmethod
-    def memory(weight: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-        z = weight.new_empty(rows, len(weight), dtype=torch.float32)
-        return z, torch.empty_like(z, dtype=weight.dtype)
+    def memory(weight: Tensor, rows: int) -> Tensor:
+        return weight.new_empty(rows, padded_length(weight), dtype=torch.float32)
 
     def keep(self, active: Tensor) -> Tensor:
-        kept = self._kept = active.nonzero().squeeze(1)
+        kept = self._kept = front_order(active)
         self.hidden, self.index = self.hidden[kept], self.index[kept]
         return kept
 
     def gradient(self, of_logp: Tensor | None = None, of_entropy: Tensor | None = None) -> Tensor:
         return self._rows.gradient(self._dz, self._kept, of_logp, of_entropy)
+
+    def write_gradient(
+        self,
+        out: Tensor,
+        rows: Tensor,
+        count: Tensor,
+        first: Tensor,
+        of_logp: Tensor | None = None,
+        of_entropy: Tensor | None = None,
+    ) -> None:
+        """That of the first ``count`` of some rows, to ``out[first:]``; both on the device."""
+        self._rows.gradient(out, rows, of_logp, of_entropy, count, first)
+
+
+def padded_length(weight: Tensor) -> int:
+    """Elements from one row of a kernel's logits to the next."""
+    from humanline.kernels.launch import row_length
+
+    return row_length(len(weight))
 
 
 Block = TorchBlock | TritonBlock
@@ -149,7 +168,26 @@ def comfortable_rows(weight: Tensor, fitting: int) -> int:
     """Rows a block where any number up to ``fitting`` will do."""
     if weight.device.type == "cpu":
         return min(fitting, CPU_BLOCK_ROWS)
-    return fitting // TILE_ROWS * TILE_ROWS or fitting
+    return whole_tiles(fitting)
+
+
+def stacked_rows(length: int, itemsize: int, workspace_bytes: int) -> tuple[int, int]:
+    """Rows of a block, and of those whose gradient waits (head_gradients.py): four blocks', if a
+    block still has the rows that make it worth reading the weight; 0 where not even one fits so.
+
+    Args:
+        length: elements of a row.
+        itemsize: of the weight's elements, in bytes.
+    """
+    logits, gradient = length * torch.float32.itemsize, length * itemsize
+    rows = whole_tiles(workspace_bytes // (logits + 4 * gradient))
+    if rows < MIN_ROWS <= workspace_bytes // (logits + gradient):
+        rows = MIN_ROWS
+    return rows, (workspace_bytes - rows * logits) // gradient
+
+
+def whole_tiles(rows: int) -> int:
+    return rows // TILE_ROWS * TILE_ROWS or rows
 
 
 def head_blocks(

@@ -26,6 +26,7 @@ from humanline.ops.head_blocks import (
     comfortable_rows,
     head_blocks,
 )
+from humanline.ops.head_gradients import split_scale
 from humanline.ops.row_blocks import split_rows
 from humanline.ops.scaling import scaled_gradient
 from humanline.rows import IGNORE_INDEX
@@ -137,20 +138,6 @@ def under_autocast(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         return hidden, weight
     dtype = torch.get_autocast_dtype(device)
     return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in (hidden, weight))
-
-
-def split_scale(coefficients: Coefficients) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """A row's coefficients as (scale, of_logp, of_entropy), the latter two within [-1, 1].
-
-    Without entropy the scale is the coefficient itself and ``of_logp`` is None for 1: then ``dz``
-    does not depend on the coefficient at all.
-    """
-    g, g_entropy = coefficients.logps, coefficients.entropy
-    if g_entropy is None:
-        return g, None, None
-    scale = torch.maximum(g.abs(), g_entropy.abs())
-    safe = scale.clamp(min=torch.finfo(scale.dtype).tiny)
-    return scale, g / safe, g_entropy / safe
 
 
 class _LinearTokenLogps(torch.autograd.Function):

@@ -12,26 +12,34 @@ Rows depend on no other (token-level), on those of their sequence, of their pair
 (``coupling``). One F·active less where the head or the body is frozen. ``capturable``, which must
 not know the number of active rows, always takes the last line.
 
+On a GPU, where the head trains and blocks are many, the active rows of several wait for one another
+(head_gradients.py).
+
 Read back from the device: how many rows are labelled (in each sequence, where blocks go by these),
 once a call, but twice where they turn out not to fit; and how many are active: in the second line
-once a block, as its log-probs come to be known, in the last once, in the backward.
+once a block, as its log-probs come to be known, or as soon as no more rows can wait; in the last
+once, in the backward.
 """
+
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from humanline import autograd
 from humanline.dtypes import compute_dtype
-from humanline.ops.gemms import HeadGradients, hidden_gradient
 from humanline.ops.head import Head
-from humanline.ops.head_blocks import BLOCKS, block_rows, comfortable_rows, head_blocks
-from humanline.ops.linear import (
-    check_capturable,
-    linear_token_logps,
-    split_scale,
-    under_autocast,
+from humanline.ops.head_blocks import (
+    BLOCKS,
+    block_rows,
+    comfortable_rows,
+    head_blocks,
+    padded_length,
+    stacked_rows,
 )
-from humanline.ops.row_blocks import blocks_with_gradient
+from humanline.ops.head_gradients import BlockGradients, StackedGradients
+from humanline.ops.linear import check_capturable, linear_token_logps, under_autocast
+from humanline.ops.row_blocks import Sizes, blocks_with_gradient
 from humanline.ops.scaling import scaled_gradient
 from humanline.ops.whole_batch import evaluate as evaluate_batch
 from humanline.ops.whole_batch import finish
@@ -53,11 +61,16 @@ def linear_objective(
     hidden, weight = under_autocast(hidden, weight)
     check_capturable(capturable, backend)
     fitting = block_rows(BLOCKS[backend], weight, head, with_entropy, workspace_bytes)
-    blocks = None
+    found = None
     if _trains(hidden, weight, head.bias) and not capturable:
-        wanted, comfortable = problem.layout.mask, comfortable_rows(weight, fitting)
-        blocks = blocks_with_gradient(problem, wanted, fitting, comfortable)
-    if blocks is not None:
+        sizes, waiting = [Sizes(fitting, comfortable_rows(weight, fitting))], 0
+        if backend == "triton" and _trains(weight, head.bias):
+            length, itemsize = padded_length(weight), weight.element_size()
+            rows, waiting = stacked_rows(length, itemsize, workspace_bytes)
+            sizes = [Sizes(rows, rows), *sizes] if rows else sizes
+        found = blocks_with_gradient(problem, problem.layout.mask, sizes)
+    if found is not None:
+        chosen, blocks = found
         return _LinearObjective.apply(
             hidden.reshape(-1, hidden.shape[-1]),
             weight,
@@ -67,6 +80,7 @@ def linear_objective(
             problem,
             blocks,
             backend,
+            waiting if chosen is not sizes[-1] else 0,
         )
     result = linear_token_logps(
         hidden,
@@ -94,16 +108,12 @@ class _LinearObjective(torch.autograd.Function):
 
     @staticmethod
     @autograd.forward
-    def forward(ctx, hidden, weight, bias, labels, head, problem, blocks, backend):
-        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
+    def forward(ctx, hidden, weight, bias, labels, head, problem, blocks, backend, waiting):
         with_entropy = problem.objective.needs_entropy
-        sums = HeadGradients.zeros(weight, bias, need_weight, need_bias)
-        dh = torch.zeros_like(hidden) if need_hidden else None
+        make = partial(StackedGradients, waiting) if waiting else BlockGradients
+        gradients = make(hidden, weight, bias, labels, *ctx.needs_input_grad[:3])
         logps = hidden.new_zeros(len(labels), dtype=compute_dtype(weight.dtype))
         entropy = torch.zeros_like(logps) if with_entropy else None
-        # float16 would flush small coefficients to 0 before a loss scale could lift them: there a
-        # row's gradient stays that of a unit coefficient until the backward.
-        scales = torch.zeros_like(logps) if hidden.dtype == torch.float16 else None
         whole = None
 
         for block in head_blocks(
@@ -119,21 +129,12 @@ class _LinearObjective(torch.autograd.Function):
             else:  # right for this block's rows, whatever is still missing; at last, for all
                 whole = evaluate_batch(problem, logps, entropy, backend)
                 coefficients = whole.coefficients.take(block.index)
-            kept = block.keep(coefficients.active())
-            if len(kept) == 0:
-                continue
-            coefficients = coefficients.take(kept)
-            scale, of_logp, of_entropy = split_scale(coefficients)
-            dz = block.gradient(of_logp, of_entropy)
-            sums.add(dz, scale, block.hidden)
-            if need_hidden:
-                if scales is not None:
-                    scales[block.index], scale = scale, None
-                of_rows = hidden_gradient(dz, weight, labels, block.index, scale)
-                dh[block.index] = of_rows.to(dh.dtype)
+            gradients.add(block, coefficients)
+        gradients.finish()
 
         whole = whole or evaluate_batch(problem, logps, entropy, backend)
-        ctx.save_for_backward(dh, scales, sums.weight, sums.bias)
+        of_head = gradients.head
+        ctx.save_for_backward(gradients.hidden, gradients.scales, of_head.weight, of_head.bias)
         ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
         return whole.loss, problem.stats(whole)
 
@@ -146,5 +147,5 @@ class _LinearObjective(torch.autograd.Function):
             None if dh is None else scaled_gradient(dh, grad if scales is None else scales * grad),
             None if dw is None else scaled_gradient(dw, grad, weight_dtype),
             None if db is None else scaled_gradient(db, grad, bias_dtype),
-            *[None] * 5,
+            *[None] * 6,
         )

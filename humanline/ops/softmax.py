@@ -79,15 +79,12 @@ class SoftmaxBlock:
 
 def front_order(active: Tensor) -> Tensor:
     """The rows where ``active [n]`` holds, in an order that leaves as many as can be in their
-    place: of k rows, the i-th is i wherever row i < k is active. A GPU copies them anyhow, and is
-    spared a second number to read."""
+    place: of k rows, the i-th is i wherever row i < k is active, else one from k on. So they can be
+    moved to the front all at once. Reads k, and no other number."""
     kept = active.nonzero().squeeze(1)
-    if active.device.type != "cpu":
-        return kept
-    holes = (~active[: len(kept)]).nonzero().squeeze(1)
-    order = torch.arange(len(kept), device=active.device)
-    order[holes] = kept[len(kept) - len(holes) :]
-    return order
+    k, front = len(kept), active[: len(kept)]
+    holes = (~front).cumsum(0)  # so far; the last of the kept rows fill them
+    return torch.where(front, torch.arange(k, device=active.device), kept[holes - holes[-1:] - 1])
 
 
 def to_front_(rows: Tensor, order: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from humanline.ops.head import Head
+from humanline.ops.head_blocks import padded_length
 
 
 def forward(
@@ -31,7 +32,7 @@ def forward(
     """
     from humanline.kernels.linear_logps import linear_logps_forward
 
-    index, count = _wanted_first(wanted, capturable)
+    index, count = wanted_first(wanted) if capturable else (wanted.nonzero().squeeze(1), None)
     in_order = len(index) == len(labels) and not capturable
     results = linear_logps_forward(
         hidden,
@@ -65,7 +66,7 @@ class RecomputedBlock:
 
     @staticmethod
     def bytes_per_row(weight: Tensor, head: Head, with_entropy: bool) -> int:
-        return len(weight) * weight.element_size()
+        return padded_length(weight) * weight.element_size()
 
     @property
     def hidden(self) -> Tensor:
@@ -100,18 +101,16 @@ def recomputed_blocks(
 
     One workspace serves all blocks: a block ends where the next begins.
     """
-    index, count = _wanted_first(active, capturable)
-    memory = weight.new_empty(min(rows, len(index)), len(weight))
+    index, count = wanted_first(active) if capturable else (active.nonzero().squeeze(1), None)
+    memory = weight.new_empty(min(rows, len(index)), padded_length(weight))[:, : len(weight)]
     for start in range(0, len(index), rows):
         some = index[start : start + rows]
         of_these = None if count is None else (count - start).clamp(0, len(some))
         yield RecomputedBlock(memory, hidden, weight, labels, head, some, of_these, results)
 
 
-def _wanted_first(wanted: Tensor, capturable: bool) -> tuple[Tensor, Tensor | None]:
-    """(indices, number): the wanted rows; or, capturable, all with those first and how many."""
-    if not capturable:
-        return wanted.nonzero().squeeze(1), None
+def wanted_first(wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """All rows, those where ``wanted [n]`` holds first; and how many these are, on the device."""
     order = torch.argsort((~wanted).to(torch.uint8), stable=True)
     return order, wanted.sum(dtype=torch.int32)
 

@@ -56,6 +56,23 @@ def test_odd_vocabularies_do_not_spill(vocab, dtype, targets, kernels):
     assert {r["load_bytes"] for r in reports} == {2 if dtype == "bf16" else 4}
 
 
+def test_between_gemms_odd_vocabularies_are_loaded_like_others():
+    """Their rows are ours, padded to a multiple of 16."""
+    blocks = [
+        r
+        for dtype in ("bf16", "fp32")
+        for r in compiled(
+            vocab=50257,
+            dtype=dtype,
+            targets=["sm_80", "sm_90"],
+            kernels=("block, softmax", "block, softmax, all", "block, dz", "block, dz, all"),
+        )
+    ]
+    assert {r["load_bytes"] for r in blocks} == {16}
+    assert {r["store_bytes"] for r in blocks if "dz" in r["name"]} == {16}
+    assert {r["name"]: r["spills"] for r in blocks if r["spills"]} == {}
+
+
 def test_no_kernel_spills_on_sm_80_but_a_label():
     """Two registers, once a row: so that two programs still fit a multiprocessor."""
     heavy = ("forward, entropy", "loss, entropy")

@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from humanline.kernels.head_rows import HeadRows
+from humanline.kernels.launch import row_length
+from humanline.ops.softmax import front_order
 
 OPTIONS = {
     "plain": {},
@@ -112,6 +114,34 @@ def test_rows_that_are_kept(device):
     assert torch.equal(some, rows.gradient(torch.empty_like(z), None, all_g)[kept])
     unit = rows.gradient(torch.empty_like(z), kept)
     torch.testing.assert_close(unit * g[:, None], some)
+
+
+@pytest.mark.parametrize("vocab", [7, 301, 4096 + 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_gradient_overwrites_its_logits(dtype, vocab, device):
+    """In rows padded to a multiple of 16; what was in the padding is of no account."""
+    z, labels, options = draw(9, vocab, device, **OPTIONS["all"])
+    active = torch.tensor([0, 1, 1, 0, 0, 1, 0, 1, 1], dtype=torch.bool, device=device)
+    kept, g = front_order(active), torch.randn(5, device=device)
+    temperature = torch.rand(9, device=device) + 0.5
+    apart = HeadRows(z, labels, temperature, **options)
+    expected = apart.gradient(torch.empty_like(z, dtype=dtype), kept, g)
+    memory = torch.full((9, row_length(vocab)), float("nan"), device=device)
+    memory[:, :vocab] = z
+    rows = HeadRows(memory[:, :vocab], labels, temperature, **options)
+    over = rows.gradient(memory.view(dtype)[:, :vocab], kept, g)
+    assert over.data_ptr() == memory.data_ptr()
+    torch.testing.assert_close(rows.logps, apart.logps)
+    torch.testing.assert_close(over, expected)
+
+
+def test_rows_to_the_front():
+    """All may move at once: a row goes to its own place or comes from beyond those written."""
+    for bits in range(2**7):
+        active = torch.tensor([bits >> i & 1 for i in range(7)], dtype=torch.bool)
+        order, k = front_order(active).tolist(), int(active.sum())
+        assert sorted(order) == active.nonzero().squeeze(1).tolist()
+        assert all(row == place or row >= k for place, row in enumerate(order))
 
 
 def test_no_rows(device):

@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import humanline as hl
 from humanline import checks
 from humanline.kernels import linear_logps, matmul
+from humanline.kernels.launch import row_length
 from humanline.ops.backend import interpreting
 
 pytestmark = pytest.mark.skipif(
@@ -63,7 +64,7 @@ def gradients(objective, b, ref_logps, options, extra, **how):
         ref_logps,
         **options,
         **{k: v.to(b.labels.device) for k, v in extra.items()},
-        workspace_bytes=7 * V * leaves[1].element_size(),
+        workspace_bytes=7 * row_length(V) * leaves[1].element_size(),
         **how,
     )
     leaves += [options["bias"]] if "bias" in options else []
@@ -132,7 +133,7 @@ def test_nothing_is_read_back(name, device, monkeypatch):
 
 
 class Reads(TorchDispatchMode):
-    """How often a number of rows is read: ``nonzero`` does, ``tolist`` is told."""
+    """How often a number of rows is read: ``nonzero`` does, ``tolist`` and ``int`` are told."""
 
     count = 0
 
@@ -144,7 +145,8 @@ class Reads(TorchDispatchMode):
 @pytest.mark.parametrize(
     "name, rows_fitting, expected",
     [
-        ("grpo", 20, (1 + 2, 0)),  # labelled rows; active ones of each of two blocks
+        ("grpo", B * T, (1 + 1, 0)),  # labelled rows; active ones of the one block
+        ("grpo", 20, (1 + 4, 0)),  # of blocks of ten rows, where ten may wait
         ("dpo", B * T, (1 + 1, 0)),
         ("dpo", 2 * T, (1 + 2, 0)),  # each sequence's; active ones of each of two pairs
         ("dpo", T, (1 + 1, 1)),  # each sequence's; labelled rows; active ones in the backward
@@ -156,19 +158,24 @@ def test_what_is_read_back_otherwise(name, rows_fitting, expected, device, monke
     ref_logps = b.reference({})
     leaves = leaf(b.hidden), leaf(b.weight)
     with Reads() as reads:
-        tolist = torch.Tensor.tolist
 
-        def counted(x):
-            reads.count += 1
-            return tolist(x)
+        def count(name):
+            original = getattr(torch.Tensor, name)
 
-        monkeypatch.setattr(torch.Tensor, "tolist", counted)
+            def counted(x):
+                reads.count += 1
+                return original(x)
+
+            monkeypatch.setattr(torch.Tensor, name, counted)
+
+        count("tolist")
+        count("__int__")
         loss, _ = objective.from_hidden(
             *leaves,
             b.labels,
             ref_logps,
             **{k: v.to(device) for k, v in extra.items()},
-            workspace_bytes=rows_fitting * V * 8,
+            workspace_bytes=rows_fitting * row_length(V) * 4,
             backend="triton",
         )
         in_forward = reads.count
@@ -194,7 +201,7 @@ def test_what_does_not_count_is_not_multiplied(device, monkeypatch):
     spy(matmul, "add_weight_gradient_", "dW")
     b = Batch(device)
     hidden, weight = leaf(b.hidden), leaf(b.weight)
-    how = {"backend": "triton", "capturable": True, "workspace_bytes": 7 * V * 4}
+    how = {"backend": "triton", "capturable": True, "workspace_bytes": 7 * row_length(V) * 4}
     logps = hl.linear_token_logps(hidden, weight, b.labels, **how)
     logps[2].sum().backward()  # ten of forty rows
     assert counts == {key: [7, 3, 0, 0, 0, 0] for key in counts}

@@ -183,6 +183,7 @@ def test_the_profiler_counts_the_same(objective, kw, expected):
 def test_kernels_that_write_no_logits_take_as_many(monkeypatch):
     """The forward and the recomputation of the logits are kernels, the rest of the backward not."""
     from humanline.kernels import linear_logps
+    from humanline.kernels.launch import row_length
 
     device, launched = "cuda" if torch.cuda.is_available() else "cpu", []
 
@@ -203,7 +204,7 @@ def test_kernels_that_write_no_logits_take_as_many(monkeypatch):
     labels.view(-1)[:7] = -100
     with GemmRows() as gemms:
         logps = hl.linear_token_logps(
-            hidden, weight, labels, backend="triton", workspace_bytes=9 * ONE_ROW
+            hidden, weight, labels, backend="triton", workspace_bytes=9 * 4 * row_length(V)
         )
         logps[2:].sum().backward()
     assert launched == [N - 7, 9, 7]
