@@ -2,13 +2,14 @@
 
     python -m bench.model [RESULTS.json …]     # against what was measured, then up to 1,024 GPUs
 
-Time is the sum of three terms that are taken not to overlap: GEMMs at the device's GEMM rate,
-passes over logits at its copy bandwidth, collectives at the link's. Rates are measured ones: of a
-results file, its own bare GEMMs and bare copy; of the predictions, those of ``H100`` below. The
-softmax's arithmetic is taken to hide behind its bytes, as on GPUs; on a CPU it does not, and the
-errors printed say by how much.
+Kernels come one after the other, each as slow as the slower of two: what it multiplies, at the
+device's GEMM rate, or what it moves, at its copy bandwidth; then collectives at the link's. Rates
+are measured ones: of a results file, its own bare GEMMs and bare copy; of the predictions, those of
+``H100`` below. The softmax's arithmetic is taken to hide behind its bytes, as on GPUs; on a CPU it
+does not, and the errors printed say by how much.
 """
 
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from bench.peers import OURS
 from bench.report import floor, markdown, megabytes, seconds
 from bench.run import Results
 from humanline.ops import WORKSPACE_BYTES
-from humanline.ops.head_blocks import CPU_BLOCK_ROWS
+from humanline.ops.head_blocks import CPU_BLOCK_ROWS, stacked_rows, whole_tiles
 
 
 @dataclass(frozen=True)
@@ -82,41 +83,159 @@ class Prediction:
         return self.gemm + self.passes + self.collectives
 
 
+@dataclass(frozen=True)
+class Kernel:
+    """A launch, or a chain of passes over the same logits: what it multiplies, what it moves."""
+
+    flops: float
+    bytes: float
+
+    def seconds(self, device: Device) -> float:
+        """Multiplying and moving go on at once."""
+        return max(self.flops / device.gemm, self.bytes / device.copy)
+
+
+@dataclass(frozen=True)
+class Work:
+    """The loss tail of ``rows × vocab`` logits on one GPU.
+
+    Args:
+        block: rows of a block, whose logits are formed together.
+        waiting: rows whose gradient is multiplied together, see ops/head_gradients.py.
+        fits: what hangs together fits a block, see ops/linear_objective.py.
+    """
+
+    case: Case
+    rows: float
+    vocab: float
+    block: float = math.inf
+    waiting: float = math.inf
+    fits: bool = True
+
+    @property
+    def logits(self) -> float:
+        return self.rows * self.vocab
+
+    @property
+    def weight(self) -> float:
+        return self.vocab * self.case.hidden
+
+    @property
+    def by_row(self) -> bool:
+        """Whether a row's gradient depends on no other row."""
+        return self.case.objective in ("grpo", "sft")
+
+    def product(self, share: float, rows: float, a_logit: float, a_weight: float) -> Kernel:
+        """A GEMM over a share of all rows, so many at a time: bytes it moves a logit, and every
+        time a weight."""
+        times = max(math.ceil(self.rows * share / rows), 1)
+        moved = self.logits * share * a_logit + self.weight * a_weight * times
+        return Kernel(2 * self.logits * self.case.hidden * share, moved)
+
+    def gemms(self, who: str) -> list[Kernel]:
+        """Those of forward and backward. The sum over rows for the weight is float32, read and
+        written every time."""
+        if self.case.entry == "logits":
+            return []
+        b, frozen, active = self.case.torch_dtype.itemsize, self.case.frozen_head, self.case.active
+        ours = who.startswith(OURS)
+        share = active if ours or who.endswith("active rows") else 1
+        summed = 8 if ours or who == TRL_CHUNKED else b
+        wide = 4 if ours else b  # logits, as the GEMM writes them
+        again = who == TRL_CHUNKED
+        if ours and not (who == OURS and (self.fits or self.by_row)):
+            share, again = (1, False) if frozen else (active, True)
+        forward = self.product(1, self.block, 0 if ours and again else wide, b)
+        of_hidden = self.product(share, self.waiting, b, b)  # which costs what forming logits does
+        of_weight = self.product(share, self.waiting, b, summed)
+        return [forward] + [of_hidden] * (1 + again) + [of_weight] * (not frozen)
+
+    def passes(self, who: str) -> list[Kernel]:
+        """What moves logits beside the GEMMs."""
+        b, active = self.case.torch_dtype.itemsize, self.case.active
+        half = b < 4
+        if who.startswith("bare"):
+            moved = [2 * b] if self.case.entry == "logits" else []
+        elif who == "eager":  # a float32 copy, log_softmax, backward, the way back to b
+            moved = [(b + 4) * half, 4 + 4, 4 + 4 + 4, (4 + b) * half]
+        elif who == "torch.compile":  # read twice, then read and written
+            moved = [b + b, b + b]
+        elif who in (TRL_SELECTIVE, TRL_CHUNKED):  # read; read again, the gradient written
+            moved = [b, b + b]
+        elif self.case.entry == "logits":  # the second read of a row finds it on the chip
+            moved = [b + b] if self.by_row and who == OURS else [b, b * active + b]
+        elif len(self.gemms(who)) == 4:  # the GEMMs' epilogues do it
+            moved = []
+        else:
+            moved = [4, (4 + b) * (1 if who != OURS else active)]
+        return [Kernel(0, self.logits * x) for x in moved if x]
+
+    def peak(self, who: str, device: Device) -> float:
+        """The highest sum of what is allocated beside the inputs, gradients included."""
+        case, logits, b = self.case, self.logits, self.case.torch_dtype.itemsize
+        half, trained = b < 4, not case.frozen_head
+        softmax = {  # at once: of eager log-probs, their gradient, that of what they came from
+            "eager": 12,
+            "torch.compile": b + 4,
+            TRL_SELECTIVE: 2 * b if half or case.entry == "logits" else 3 * b,
+        }
+        if case.entry == "logits":
+            in_torch = who != TRL_SELECTIVE or device.is_cpu
+            return logits * (softmax.get(who, b) if in_torch else b)
+        dh, dw = self.rows * case.hidden * b, self.weight * b * trained
+        if who in softmax:
+            return max(logits * softmax[who], logits * b + dh + dw)
+        if who == TRL_CHUNKED:  # in torch with seven floats a logit of a tile
+            tile = min(self.rows, TRL_TILE[0]) * min(self.vocab, TRL_TILE[1])
+            sums = 4 * (self.rows * case.hidden + self.weight * trained)
+            return tile * (b + 28 * device.is_cpu) + sums
+        if who.startswith("bare"):
+            return logits * b + dh * (case.active if "active" in who else 1) + dw
+        held = self.block * 4 + (self.waiting * b if self.waiting > self.block else 0)
+        return held * self.vocab + dh + dw + self.weight * 4 * (half and trained)
+
+
 def gemms(case: Case, who: str, fits: bool) -> float:
     """N×H×V products of forward and backward."""
-    head = 0 if case.frozen_head else 1
-    if who == "bare GEMMs, active rows":
-        return 1 + (1 + head) * case.active
-    if who == OURS:
-        if case.objective in ("grpo", "sft") or fits:
-            return 1 + (1 + head) * case.active
-        return 2 if case.frozen_head else 1 + 3 * case.active
-    if who in ("TRL ChunkedLogProbFunction", "humanline, log-probs alone"):
-        active = case.active if who.startswith(OURS) else 1
-        return 2 if who.startswith(OURS) and case.frozen_head else 1 + (2 + head) * active
-    return 2 + head
+    work = Work(case, case.tokens, case.vocab, fits=fits)
+    return sum(k.flops for k in work.gemms(who)) / (2 * work.logits * case.hidden)
 
 
-def logit_bytes(case: Case, who: str, fits: bool) -> float:
-    """Bytes moved a logit beside those of the GEMMs themselves.
+def logit_bytes(case: Case, who: str) -> float:
+    """Bytes moved a logit, those that GEMMs read and write included."""
+    work = Work(case, case.tokens, case.vocab)
+    moved = sum(k.bytes for k in work.passes(who) + work.gemms(who))
+    return moved / work.logits
 
-    Eager: the float32 copy (b + 4), log_softmax (4 + 4), its backward (4 + 4 + 4), the way back to
-    the inputs' dtype (4 + b). From hidden, humanline: per block the softmax reads the float32
-    logits twice and writes their gradient; a second time where they are recomputed. A GEMM's own
-    logits, float32 out and operands in, are counted with the passes.
-    """
-    b = case.torch_dtype.itemsize
-    if who.startswith("bare"):
-        return 2 * b if case.entry == "logits" else 0
-    if who == "eager":
-        return (b + 4) * (b < 4) + 8 + 12 + (4 + b) * (b < 4)
+
+def work_of(
+    case: Case,
+    device: Device,
+    who: str = OURS,
+    layout: Layout = Layout(),
+    workspace: int = WORKSPACE_BYTES,
+) -> Work:
+    """What one GPU of a layout does of a case."""
+    n, v = case.tokens / layout.tokens, case.vocab / layout.vocab
     if case.entry == "logits":
-        by_row = case.objective in ("grpo", "sft") and who == OURS
-        return 2 * b if by_row else b + b * case.active + b
-    one_pass = 4 + 8 + (4 + b) * (b < 4)
-    return (
-        one_pass if case.frozen_head or gemms(case, who, fits) <= 3 else 4 + one_pass * case.active
-    )
+        return Work(case, n, v)
+    if who == TRL_CHUNKED:
+        return Work(case, n, v, TRL_TILE[0], TRL_TILE[0])
+    if not who.startswith(OURS):
+        return Work(case, n, v)
+    b = case.torch_dtype.itemsize
+    fitting = int(workspace / (v * (4 + 4 * (b < 4 and device.is_cpu))))
+    group = {"dpo": 2, "kto": 1}.get(case.objective, 0) * n / SEQUENCES  # what hangs together
+    if device.is_cpu:
+        rows = min(n, fitting, max(group, CPU_BLOCK_ROWS) if group <= fitting else CPU_BLOCK_ROWS)
+        return Work(case, n, v, rows, rows, group <= fitting)
+    if who != OURS or group > fitting:  # logits are not kept, their gradient is formed again
+        rows = min(n, whole_tiles(int(workspace / (v * b))))
+        return Work(case, n, v, n, rows, False)
+    block, waiting = stacked_rows(int(v), b, workspace)
+    if case.frozen_head or n <= whole_tiles(fitting) or group > block:
+        block = waiting = min(n, max(group, whole_tiles(fitting)))
+    return Work(case, n, v, block, waiting)
 
 
 def predict(
@@ -133,58 +252,30 @@ def predict(
     """
     if who not in PREDICTED:
         raise KeyError(who)
-    b = case.torch_dtype.itemsize
-    n, v, h = case.tokens / layout.tokens, case.vocab / layout.vocab, case.hidden
-    if case.entry == "logits":
-        return Prediction(
-            0,
-            n * v * logit_bytes(case, who, True) / device.copy,
-            0,
-            _bytes(case, device, who, n, v, 0),
-        )
-    rows = min(n, workspace / (v * (4 + 4 * (b < 4))))
-    group = {"dpo": 2, "kto": 1}.get(case.objective, 0) * n / SEQUENCES  # what hangs together
-    fits = rows >= group
-    if device.is_cpu:
-        rows = min(rows, max(group, CPU_BLOCK_ROWS) if fits else CPU_BLOCK_ROWS)
-    blocks = -(-n // rows)
-    weight_passes = 0 if case.frozen_head else 8 * v * h * blocks  # float32 sum, read and written
-    time = n * v * logit_bytes(case, who, fits) + (weight_passes if who == OURS else 0)
+    work, b = work_of(case, device, who, layout, workspace), case.torch_dtype.itemsize
+    exchanged = 2 * work.rows * case.hidden * b if layout.vocab > 1 else 0  # and its gradient
+    gathered = work.weight * b if layout.gathered else 0
     return Prediction(
-        gemm=gemms(case, who, fits) * 2 * n * h * v / device.gemm,
-        passes=time / device.copy,
-        collectives=_collectives(case, layout, n),
-        bytes=_bytes(case, device, who, n, v, rows)
-        + (2 * n * h * b if layout.vocab > 1 else 0)  # gathered tokens and their gradient
-        + (v * h * b if layout.gathered else 0),
+        gemm=sum(k.seconds(device) for k in work.gemms(who)),
+        passes=sum(k.seconds(device) for k in work.passes(who)),
+        collectives=0 if case.entry == "logits" else _collectives(case, layout, work.rows),
+        bytes=work.peak(who, device) + exchanged + gathered,
     )
 
 
+TRL_SELECTIVE, TRL_CHUNKED = "TRL selective_log_softmax", "TRL ChunkedLogProbFunction"
+TRL_TILE = 4096, 32768  # of tokens and vocabulary
 PREDICTED = (
     "bare copy",
     "bare GEMMs",
     "bare GEMMs, active rows",
     "eager",
+    "torch.compile",
+    TRL_SELECTIVE,
+    TRL_CHUNKED,
     "humanline, log-probs alone",
     OURS,
 )
-
-
-def _bytes(case: Case, device: Device, who: str, n: float, v: float, rows: float) -> float:
-    """Highest sum of what is allocated beside the inputs, gradients included."""
-    b, h = case.torch_dtype.itemsize, case.hidden
-    softmax = 12 * n * v  # float32 log-probs, their gradient, that of the logits
-    if case.entry == "logits":
-        return softmax if who == "eager" else n * v * b
-    dh, dw = n * h * b, 0 if case.frozen_head else v * h * b
-    if who == "eager":
-        return max(softmax, n * v * b + dh + dw)
-    if who.startswith("bare"):
-        active = case.active if "active" in who else 1
-        return n * v * b + dh * active + dw
-    buffers = 4 + (4 if b < 4 and not device.is_cpu else 0)
-    half_sum = 0 if case.frozen_head or b == 4 else v * h * 4  # float32 sum beside the result
-    return rows * v * buffers + dh + dw + half_sum
 
 
 def _collectives(case: Case, layout: Layout, n: float) -> float:
@@ -226,7 +317,8 @@ def calibrated(results: Results, case: Case) -> Device | None:
             rates["gemm"] = max(rates["gemm"], flops / base.seconds)
     if not rates["copy"] or (case.entry == "hidden" and not rates["gemm"]):
         return None
-    return Device(results.environment["device"], is_cpu=is_cpu, **rates)
+    gemm = rates["gemm"] or math.inf  # from logits nothing is multiplied
+    return Device(results.environment["device"], gemm, rates["copy"], is_cpu)
 
 
 def check(results: Results) -> list[str]:

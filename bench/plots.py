@@ -156,14 +156,14 @@ def roofline(results: Results):
                 continue
             needed = gemms(case, "bare GEMMs, active rows", True)
             flops = needed * 2 * case.tokens * case.hidden * case.vocab
-            moved = case.tokens * case.vocab * logit_bytes(case, r.peer, True)
+            moved = case.tokens * case.vocab * logit_bytes(case, r.peer)
             points.setdefault(r.peer, []).append((flops / moved, flops / r.seconds))
             floors = device
         if points:
             ridge = floors.gemm / floors.copy
             roof = [(x, min(floors.gemm, x * floors.copy)) for x in (ridge / 9, ridge, 9 * ridge)]
             points["bare rates"] = roof
-            axes = ("FLOP a byte of logits moved", "FLOP/s", "xy", "bare rates")
+            axes = ("FLOP a byte moved", "FLOP/s", "xy", "bare rates")
             title = f"Roofline, {dtype}, {results.environment['device']}"
             yield f"roofline-{dtype}", title, points, axes
 
