@@ -1,13 +1,15 @@
 """Device functions on one pair of sequences, or one sequence: losses and their derivatives.
 
-``w`` and ``l`` are the sequences' perceived log-ratios, summed or (ipo, sigmoid_norm) per token;
-the kinds on single sequences (kto, apo_zero_unpaired) look at ``w`` alone. ``p`` and ``q`` are the
-kind's own parameters:
+``w`` and ``l`` are the sequences' perceived log-ratios (without a reference: their log-probs),
+summed or (PER_TOKEN_KINDS) per token; the kinds on single sequences (kto, apo_zero_unpaired) look
+at ``w`` alone. ``p`` and ``q`` are the kind's own parameters:
 
 | kind | p | q |
 |---|---|---|
 | sigmoid, robust, exo_pair | label smoothing | |
 | discopop | temperature of the blend | |
+| simpo | target margin of the rewards | |
+| slic | margin of the log-probs | weight of the likelihood of the chosen |
 | kto, apo_zero_unpaired | weight of desirable sequences | of undesirable ones |
 
 The torch definitions in ``humanline/objectives`` are the oracle; a test holds each against them.
@@ -18,10 +20,10 @@ import triton.language as tl
 
 PAIR_KINDS = (
     *("sigmoid", "robust", "hinge", "ipo", "exo_pair", "nca_pair", "bco_pair", "sppo_hard"),
-    *("apo_zero", "apo_down", "discopop", "sigmoid_norm"),
+    *("apo_zero", "apo_down", "discopop", "sigmoid_norm", "simpo", "slic"),
 )
 SINGLE_KINDS = ("kto", "apo_zero_unpaired")
-PER_TOKEN_KINDS = ("ipo", "sigmoid_norm")
+PER_TOKEN_KINDS = ("ipo", "sigmoid_norm", "simpo")
 
 
 @triton.jit
@@ -39,7 +41,7 @@ def sigmoid_slope(x):
 
 
 @triton.jit
-def pair_loss(w, l, beta, p, KIND: tl.constexpr):
+def pair_loss(w, l, beta, p, q, KIND: tl.constexpr):
     """Loss of a pair, and its derivatives by ``w`` and ``l``."""
     x = beta * (w - l)
     if KIND == "sigmoid":
@@ -94,6 +96,11 @@ def pair_loss(w, l, beta, p, KIND: tl.constexpr):
         slope = -tl.sigmoid(-x) * (1.0 - m) + log_sigmoid(x) * sigmoid_slope(x / p) / p
         slope += e * (tl.sigmoid(-x / p) / p - 1.0)
         return e - log_sigmoid(x) * (1.0 - m), beta * slope, -beta * slope
+    elif KIND == "simpo":
+        return -log_sigmoid(x - p), -beta * tl.sigmoid(p - x), beta * tl.sigmoid(p - x)
+    elif KIND == "slic":
+        slope = tl.where(w - l < p, 1.0, 0.0)
+        return tl.maximum(p - (w - l), 0.0) - q * w, -slope - q, slope
     else:
         tl.static_assert(KIND == "sigmoid_norm")
         return -log_sigmoid(x), -beta * tl.sigmoid(-x), beta * tl.sigmoid(-x)

@@ -19,7 +19,7 @@ KINDS = (*PAIR_KINDS, *SINGLE_KINDS)
 # sum (the chosen are the desirable ones) of the next five; the number of two sorts of rows.
 REPORT = (
     "loss",
-    "chosen",  # reward: β times the perceived log-ratio of the sequence
+    "chosen",  # reward: β times the perceived log-ratio of the sequence (SimPO: per token)
     "rejected",
     "wins",  # is the chosen reward the higher one; of single sequences, is it desirable
     "chosen_logps",
@@ -43,11 +43,13 @@ def sequence_rows(cu_seqlens_ptr, rows_per_sequence, sequence, PACKED: tl.conste
 
 @triton.jit
 def log_ratios(logps_ptr, ref_ptr, mask_ptr, rows, inside):
-    """Log-probs, log-ratios and mask of some rows; 0 where masked."""
+    """Log-probs, log-ratios (to a reference, if any) and mask of some rows; 0 where masked."""
     mask = tl.load(mask_ptr + rows, inside, other=0) != 0
     logps = tl.load(logps_ptr + rows, mask, other=0.0).to(tl.float32)
-    ref = tl.load(ref_ptr + rows, mask, other=0.0).to(tl.float32)  # the caller's may be float64
-    return logps, logps - ref, mask
+    d = logps
+    if ref_ptr is not None:  # the caller's may be float64
+        d = logps - tl.load(ref_ptr + rows, mask, other=0.0).to(tl.float32)
+    return logps, d, mask
 
 
 @triton.jit
@@ -132,8 +134,11 @@ def _sequence_loss(
         unclamped += l_unclamped
         w_per = tl.maximum(w_length, 1.0) if PER_TOKEN else 1.0
         l_per = tl.maximum(l_length, 1.0) if PER_TOKEN else 1.0
-        loss, by_w, by_l = pair_loss(w / w_per, l / l_per, beta, p, KIND)
+        loss, by_w, by_l = pair_loss(w / w_per, l / l_per, beta, p, q, KIND)
         by_w /= w_per
+        if KIND == "simpo":
+            w /= w_per
+            l /= l_per
         wins = tl.where(w > l, 1.0, 0.0)
         active = write_coefficients(
             g_ptr,
@@ -183,7 +188,7 @@ def _sequence_loss(
 
 def sequence_loss(
     logps: Tensor,
-    ref_logps: Tensor,
+    ref_logps: Tensor | None,
     mask: Tensor,
     *,
     kind: str,
@@ -201,7 +206,7 @@ def sequence_loss(
 
     Args:
         logps: float32 ``[N]``.
-        ref_logps: the same; computed with in float32 whatever its dtype.
+        ref_logps: the same, or None for 0; computed with in float32 whatever its dtype.
         mask: completion rows, bool ``[N]``.
         kind: one of ``KINDS``.
         num_sequences: of pairs, the chosen come in the first half. Unless packed, all are of the

@@ -234,14 +234,7 @@ class DPO(Objective):
         return {"kind": self.loss_type, "beta": self.beta, "p": p}
 
     def stats_of(self, report: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {
-            "rewards/chosen": report["chosen"],
-            "rewards/rejected": report["rejected"],
-            "rewards/accuracies": report["wins"],
-            "rewards/margins": report["chosen"] - report["rejected"],
-            "logps/chosen": report["chosen_logps"],
-            "logps/rejected": report["rejected_logps"],
-        }
+        return reported_pair_stats(report)
 
     def loss(self, rows: Rows) -> Tensor:
         pairs = Pairs.of(rows)
@@ -262,4 +255,16 @@ def pair_stats(chosen: Tensor, rejected: Tensor, w_logps: Tensor, l_logps: Tenso
         "rewards/margins": (chosen - rejected).mean(),
         "logps/chosen": w_logps.mean(),
         "logps/rejected": l_logps.mean(),
+    }
+
+
+def reported_pair_stats(report: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same from what ``kernels.sequence_loss`` reports."""
+    return {
+        "rewards/chosen": report["chosen"],
+        "rewards/rejected": report["rejected"],
+        "rewards/accuracies": report["wins"],
+        "rewards/margins": report["chosen"] - report["rejected"],
+        "logps/chosen": report["chosen_logps"],
+        "logps/rejected": report["rejected_logps"],
     }

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from humanline.objectives.base import Objective
-from humanline.objectives.dpo import check_pairs, pair_stats
+from humanline.objectives.dpo import check_pairs, pair_stats, reported_pair_stats
 from humanline.rows import Layout, Rows
 
 
@@ -28,6 +28,9 @@ class _ReferenceFreePairs(Objective):
         half = rows.num_sequences // 2
         return pair_stats(*self.scores(rows), *rows.sum(rows.logps).split(half))
 
+    def stats_of(self, report: dict[str, Tensor]) -> dict[str, Tensor]:
+        return reported_pair_stats(report)
+
 
 @dataclass(frozen=True)
 class SimPO(_ReferenceFreePairs):
@@ -45,6 +48,11 @@ class SimPO(_ReferenceFreePairs):
 
     def scores(self, rows: Rows) -> tuple[Tensor, Tensor]:
         return (self.beta * rows.mean(rows.logps)).split(rows.num_sequences // 2)
+
+    def sequence_kernel_arguments(self) -> dict[str, Any] | None:
+        if type(self) is not SimPO:  # a subclass may define another loss
+            return None
+        return {"kind": "simpo", "beta": self.beta, "p": self.gamma}
 
     def loss(self, rows: Rows) -> Tensor:
         chosen, rejected = self.scores(rows)
@@ -67,6 +75,11 @@ class SLiC(_ReferenceFreePairs):
 
     def scores(self, rows: Rows) -> tuple[Tensor, Tensor]:
         return rows.sum(rows.logps).split(rows.num_sequences // 2)
+
+    def sequence_kernel_arguments(self) -> dict[str, Any] | None:
+        if type(self) is not SLiC:
+            return None
+        return {"kind": "slic", "beta": 1.0, "p": self.delta, "q": self.lambda_coef}
 
     def loss(self, rows: Rows) -> Tensor:
         chosen, rejected = self.scores(rows)

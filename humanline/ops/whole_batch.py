@@ -29,10 +29,11 @@ def evaluate(problem: Problem, logps: Tensor, entropy: Tensor | None, backend: s
         return seam.evaluate(problem, logps, entropy)
     from humanline.kernels.sequence_loss import REPORT
 
-    layout, (log_eps_P, log_eps_R) = problem.layout, problem.objective.perception.bounds
+    objective, layout = problem.objective, problem.layout
+    log_eps_P, log_eps_R = objective.perception.bounds
     g, report = _sequence_loss(
         logps.detach(),
-        problem.ref_logps,
+        problem.ref_logps if objective.needs_reference else None,
         layout.mask,
         layout.num_sequences,
         layout.cu_seqlens,
@@ -41,17 +42,17 @@ def evaluate(problem: Problem, logps: Tensor, entropy: Tensor | None, backend: s
         **arguments,
     )
     named = dict(zip(REPORT, report.unbind(), strict=True))
-    stats = problem.objective.stats_of(named, **problem.batch) | {
-        "humanline/unclamped": named["unclamped"] / layout.tokens.clamp(min=1),
-        "humanline/active_rows": named["active_rows"].long(),
-    }
+    stats = objective.stats_of(named, **problem.batch)
+    if objective.needs_reference:
+        stats["humanline/unclamped"] = named["unclamped"] / layout.tokens.clamp(min=1)
+    stats["humanline/active_rows"] = named["active_rows"].long()
     return Evaluation(named["loss"], Coefficients(g, None), stats=stats)
 
 
 @torch.library.custom_op("humanline::sequence_loss", mutates_args=())
 def _sequence_loss(
     logps: Tensor,
-    ref_logps: Tensor,
+    ref_logps: Tensor | None,
     mask: Tensor,
     num_sequences: int,
     cu_seqlens: Tensor | None,
