@@ -25,6 +25,9 @@ METHODS = {
     "online + humanline": (True, "clip", True),
 }
 
+#: Those that are run with every value of ``sync_every``.
+CROSSED = ("sync only", "humanline", "online + humanline")
+
 #: Edges of the log-ratio histograms: ±10^-4 … ±10, four a decade; what lies beyond joins the ends.
 MAGNITUDES = [10 ** (i / 4) for i in range(-16, 5)]
 EDGES = torch.tensor([-x for x in reversed(MAGNITUDES)] + MAGNITUDES)
@@ -73,13 +76,13 @@ class Arm:
 
 
 def grid(config: dict[str, Any]) -> list[Arm]:
-    """All arms; the first value of ``sync_every`` serves the methods that are run with one."""
+    """All arms; the first value of ``sync_every`` serves the others that sync."""
     ks = config["sync_every"]
     return [
         Arm(objective, method, k)
         for objective in config["objectives"]
         for method, (_, _, syncs) in METHODS.items()
-        for k in (ks if method in ("sync only", "humanline") else ks[:1] if syncs else [0])
+        for k in (ks if method in CROSSED else ks[:1] if syncs else [0])
     ]
 
 

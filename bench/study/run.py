@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from bench.environment import device_name
 from bench.study import arms, task
 
 HERE = Path(__file__).parent
@@ -85,7 +86,7 @@ def execute(run: Run) -> dict[str, Any]:
     config = read_config()
     result = arms.train(arm, world(seed), config, seed, lr, bound)
     head = {"arm": str(arm), "seed": seed, "lr": lr, "bound": bound}
-    return head | {"recipe": recipe(config)} | result
+    return head | {"recipe": recipe(config), "device": device_name("cpu")} | result
 
 
 def execute_all(runs: Iterable[Run], path: Path, jobs: int) -> list[dict[str, Any]]:

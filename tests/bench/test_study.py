@@ -5,6 +5,7 @@ offline pool as ``bench/study/task.py`` builds them, in half the bytes.
 """
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -117,3 +118,35 @@ def test_committed_results_are_those_of_the_committed_configuration(config):
     lines = run.read_results(run.RESULTS / "final.jsonl", config)
     results = analyse.Results(config, lines)
     assert analyse.report(results, config) == (run.HERE / "REPORT.md").read_text(encoding="utf-8")
+    figures = sorted(run.HERE.glob("*.png"))
+    assert [f.name for f in figures] == [
+        "accuracy.png",
+        "curves.png",
+        "log-ratios.png",
+        "rates.png",
+    ]
+    assert [f.name for f in figures if results.digest.encode() not in f.read_bytes()] == []
+
+
+def test_an_interrupted_study_goes_on_where_it_stopped(tmp_path, config, monkeypatch):
+    """Runs that the file holds are not run again; a killed run's half line is."""
+    executed = []
+
+    def execute(one):
+        executed.append(one)
+        arm, seed, lr, bound = one
+        return {"arm": str(arm), "seed": seed, "lr": lr, "bound": bound} | {
+            "recipe": run.recipe(config),
+            "pass@1": [0.5],
+        }
+
+    monkeypatch.setattr(run, "execute", execute)
+    monkeypatch.setattr(run, "build", lambda seed: None)
+    monkeypatch.setattr(run, "workers", ThreadPoolExecutor)
+    path, runs = tmp_path / "final.jsonl", [(OFFLINE, seed, 1e-4, None) for seed in range(4)]
+    first = run.execute_all(runs[:2], path, 1)
+    with path.open("a") as file:
+        file.write('{"arm": "GRPO offline", "seed": 2, "lr"')
+    assert run.execute_all(runs, path, 1)[:2] == first
+    assert sorted(executed, key=runs.index) == runs
+    assert len(run.read_results(path, config)) == 4
