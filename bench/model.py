@@ -19,6 +19,7 @@ from bench.peers import OURS
 from bench.report import floor, markdown, megabytes, seconds
 from bench.run import Results
 from humanline.ops import WORKSPACE_BYTES
+from humanline.ops.blocks import BLOCK_BYTES
 from humanline.ops.head_blocks import CPU_BLOCK_ROWS, stacked_rows, whole_tiles
 
 
@@ -180,6 +181,8 @@ class Work:
             TRL_SELECTIVE: 2 * b if half or case.entry == "logits" else 3 * b,
         }
         if case.entry == "logits":
+            if who.startswith(OURS) and device.is_cpu and half:
+                return logits * b + 2 * BLOCK_BYTES  # a block's logits and gradient in float32
             in_torch = who != TRL_SELECTIVE or device.is_cpu
             return logits * (softmax.get(who, b) if in_torch else b)
         dh, dw = self.rows * case.hidden * b, self.weight * b * trained
@@ -191,7 +194,10 @@ class Work:
             return tile * (b + 28 * device.is_cpu) + sums
         if who.startswith("bare"):
             return logits * b + dh * (case.active if "active" in who else 1) + dw
-        held = self.block * 4 + (self.waiting * b if self.waiting > self.block else 0)
+        narrowed = self.block * case.active * device.is_cpu * half  # a copy of the gradient
+        if self.waiting > self.block:
+            narrowed = self.waiting
+        held = self.block * 4 + narrowed * b
         return held * self.vocab + dh + dw + self.weight * 4 * (half and trained)
 
 
@@ -226,6 +232,8 @@ def work_of(
     b = case.torch_dtype.itemsize
     fitting = int(workspace / (v * (4 + 4 * (b < 4 and device.is_cpu))))
     group = {"dpo": 2, "kto": 1}.get(case.objective, 0) * n / SEQUENCES  # what hangs together
+    if group and who == OURS and n <= fitting:
+        return Work(case, n, v, n, n)
     if device.is_cpu:
         rows = min(n, fitting, max(group, CPU_BLOCK_ROWS) if group <= fitting else CPU_BLOCK_ROWS)
         return Work(case, n, v, rows, rows, group <= fitting)
