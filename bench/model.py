@@ -126,6 +126,15 @@ class Work:
         """Whether a row's gradient depends on no other row."""
         return self.case.objective in ("grpo", "sft")
 
+    def known(self, who: str) -> bool:
+        """Whether rows' coefficients are known while their logits are there."""
+        return who == OURS and (self.fits or self.by_row)
+
+    def again(self, who: str) -> bool:
+        """Whether the backward forms the logits again."""
+        ours = who.startswith(OURS) and not self.known(who) and not self.case.frozen_head
+        return ours or who == TRL_CHUNKED
+
     def product(self, share: float, rows: float, a_logit: float, a_weight: float) -> Kernel:
         """A GEMM over a share of all rows, so many at a time: bytes it moves a logit, and every
         time a weight."""
@@ -143,9 +152,9 @@ class Work:
         share = active if ours or who.endswith("active rows") else 1
         summed = 8 if ours or who == TRL_CHUNKED else b
         wide = 4 if ours else b  # logits, as the GEMM writes them
-        again = who == TRL_CHUNKED
-        if ours and not (who == OURS and (self.fits or self.by_row)):
-            share, again = (1, False) if frozen else (active, True)
+        if ours and frozen and not self.known(who):
+            share = 1
+        again = self.again(who)
         forward = self.product(1, self.block, 0 if ours and again else wide, b)
         of_hidden = self.product(share, self.waiting, b, b)  # which costs what forming logits does
         of_weight = self.product(share, self.waiting, b, summed)
@@ -165,7 +174,7 @@ class Work:
             moved = [b, b + b]
         elif self.case.entry == "logits":  # the second read of a row finds it on the chip
             moved = [b + b] if self.by_row and who == OURS else [b, b * active + b]
-        elif len(self.gemms(who)) == 4:  # the GEMMs' epilogues do it
+        elif self.again(who):  # the GEMMs' epilogues do it
             moved = []
         else:
             moved = [4, (4 + b) * (1 if who != OURS else active)]

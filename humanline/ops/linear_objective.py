@@ -63,11 +63,11 @@ def linear_objective(
     fitting = block_rows(BLOCKS[backend], weight, head, with_entropy, workspace_bytes)
     found = None
     if _trains(hidden, weight, head.bias) and not capturable:
-        sizes, waiting = [Sizes(fitting, comfortable_rows(weight, fitting))], 0
+        sizes = [Sizes(fitting, comfortable_rows(weight, fitting))]
         if backend == "triton" and _trains(weight, head.bias):
             length, itemsize = padded_length(weight), weight.element_size()
             rows, waiting = stacked_rows(length, itemsize, workspace_bytes)
-            sizes = [Sizes(rows, rows), *sizes] if rows else sizes
+            sizes = [Sizes(rows, rows, waiting), *sizes] if rows else sizes
         found = blocks_with_gradient(problem, problem.layout.mask, sizes)
     if found is not None:
         chosen, blocks = found
@@ -80,7 +80,7 @@ def linear_objective(
             problem,
             blocks,
             backend,
-            waiting if chosen is not sizes[-1] else 0,
+            chosen.waiting,
         )
     result = linear_token_logps(
         hidden,

@@ -20,10 +20,12 @@ def split_rows(wanted: Tensor, rows: int) -> list[Tensor]:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Rows of a block: the most it can have, and how many it should where that is up to us."""
+    """Rows of a block: the most it can have, and how many it should where that is up to us; and
+    how many with a gradient may wait for those of other blocks."""
 
     fitting: int
     comfortable: int
+    waiting: int = 0
 
 
 def blocks_with_gradient(

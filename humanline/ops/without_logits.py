@@ -32,7 +32,7 @@ def forward(
     """
     from humanline.kernels.linear_logps import linear_logps_forward
 
-    index, count = wanted_first(wanted) if capturable else (wanted.nonzero().squeeze(1), None)
+    index, count = _chosen(wanted, capturable)
     in_order = len(index) == len(labels) and not capturable
     results = linear_logps_forward(
         hidden,
@@ -101,12 +101,17 @@ def recomputed_blocks(
 
     One workspace serves all blocks: a block ends where the next begins.
     """
-    index, count = wanted_first(active) if capturable else (active.nonzero().squeeze(1), None)
+    index, count = _chosen(active, capturable)
     memory = weight.new_empty(min(rows, len(index)), padded_length(weight))[:, : len(weight)]
     for start in range(0, len(index), rows):
         some = index[start : start + rows]
         of_these = None if count is None else (count - start).clamp(0, len(some))
         yield RecomputedBlock(memory, hidden, weight, labels, head, some, of_these, results)
+
+
+def _chosen(wanted: Tensor, capturable: bool) -> tuple[Tensor, Tensor | None]:
+    """(indices, number): the wanted rows; or, capturable, all with those first and how many."""
+    return wanted_first(wanted) if capturable else (wanted.nonzero().squeeze(1), None)
 
 
 def wanted_first(wanted: Tensor) -> tuple[Tensor, Tensor]:
