@@ -14,23 +14,28 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.cases import SEQUENCES, Case
+from bench.cases import Case
+from bench.costs import COSTS, Kernel, Tail
 from bench.peers import OURS
 from bench.report import floor, markdown, megabytes, seconds
 from bench.run import Results
 from humanline.ops import WORKSPACE_BYTES
-from humanline.ops.blocks import BLOCK_BYTES
-from humanline.ops.head_blocks import CPU_BLOCK_ROWS, stacked_rows, whole_tiles
 
 
 @dataclass(frozen=True)
 class Device:
-    """Rates in FLOP/s and bytes/s (read + write), memory in bytes."""
+    """Rates in FLOP/s, of the inputs' dtype and of float32, and bytes/s (read + write)."""
 
     name: str
     gemm: float
     copy: float
+    gemm_float32: float
     is_cpu: bool = False
+
+    def seconds(self, kernel: Kernel) -> float:
+        """Multiplying and moving go on at once."""
+        rate = self.gemm_float32 if kernel.wide else self.gemm
+        return max(kernel.flops / rate, kernel.bytes / self.copy)
 
 
 @dataclass(frozen=True)
@@ -41,8 +46,9 @@ class Link:
     latency: float
 
 
-# bf16 GEMM and copy as measured on one H100 SXM: 8192³ at 798 TFLOP/s, 3.0 TB/s.
-H100 = Device("H100", gemm=798e12, copy=3.0e12)
+# bf16 GEMM and copy as measured on one H100 SXM: 8192³ at 798 TFLOP/s, 3.0 TB/s. float32, which
+# torch multiplies without tensor cores unless told otherwise, of the datasheet.
+H100 = Device("H100", gemm=798e12, copy=3.0e12, gemm_float32=67e12)
 # Datasheet rates, one direction: NVLink 4 within a node of 8, one 400 Gb/s port a GPU beyond.
 NVLINK, NETWORK = Link(450e9, 5e-6), Link(50e9, 20e-6)
 NODE = 8
@@ -84,175 +90,11 @@ class Prediction:
         return self.gemm + self.passes + self.collectives
 
 
-@dataclass(frozen=True)
-class Kernel:
-    """A launch, or a chain of passes over the same logits: what it multiplies, what it moves."""
-
-    flops: float
-    bytes: float
-
-    def seconds(self, device: Device) -> float:
-        """Multiplying and moving go on at once."""
-        return max(self.flops / device.gemm, self.bytes / device.copy)
-
-
-@dataclass(frozen=True)
-class Work:
-    """The loss tail of ``rows × vocab`` logits on one GPU.
-
-    Args:
-        block: rows of a block, whose logits are formed together.
-        waiting: rows whose gradient is multiplied together, see ops/head_gradients.py.
-        fits: what hangs together fits a block, see ops/linear_objective.py.
-    """
-
-    case: Case
-    rows: float
-    vocab: float
-    block: float = math.inf
-    waiting: float = math.inf
-    fits: bool = True
-
-    @property
-    def logits(self) -> float:
-        return self.rows * self.vocab
-
-    @property
-    def weight(self) -> float:
-        return self.vocab * self.case.hidden
-
-    @property
-    def by_row(self) -> bool:
-        """Whether a row's gradient depends on no other row."""
-        return self.case.objective in ("grpo", "sft")
-
-    def known(self, who: str) -> bool:
-        """Whether rows' coefficients are known while their logits are there."""
-        return who == OURS and (self.fits or self.by_row)
-
-    def again(self, who: str) -> bool:
-        """Whether the backward forms the logits again."""
-        ours = who.startswith(OURS) and not self.known(who) and not self.case.frozen_head
-        return ours or who == TRL_CHUNKED
-
-    def product(self, share: float, rows: float, a_logit: float, a_weight: float) -> Kernel:
-        """A GEMM over a share of all rows, so many at a time: bytes it moves a logit, and every
-        time a weight."""
-        times = max(math.ceil(self.rows * share / rows), 1)
-        moved = self.logits * share * a_logit + self.weight * a_weight * times
-        return Kernel(2 * self.logits * self.case.hidden * share, moved)
-
-    def gemms(self, who: str) -> list[Kernel]:
-        """Those of forward and backward. The sum over rows for the weight is float32, read and
-        written every time."""
-        if self.case.entry == "logits":
-            return []
-        b, frozen, active = self.case.torch_dtype.itemsize, self.case.frozen_head, self.case.active
-        ours = who.startswith(OURS)
-        share = active if ours or who.endswith("active rows") else 1
-        summed = 8 if ours or who == TRL_CHUNKED else b
-        wide = 4 if ours else b  # logits, as the GEMM writes them
-        if ours and frozen and not self.known(who):
-            share = 1
-        again = self.again(who)
-        forward = self.product(1, self.block, 0 if ours and again else wide, b)
-        of_hidden = self.product(share, self.waiting, b, b)  # which costs what forming logits does
-        of_weight = self.product(share, self.waiting, b, summed)
-        return [forward] + [of_hidden] * (1 + again) + [of_weight] * (not frozen)
-
-    def passes(self, who: str) -> list[Kernel]:
-        """What moves logits beside the GEMMs."""
-        b, active = self.case.torch_dtype.itemsize, self.case.active
-        half = b < 4
-        if who.startswith("bare"):
-            moved = [2 * b] if self.case.entry == "logits" else []
-        elif who == "eager":  # a float32 copy, log_softmax, backward, the way back to b
-            moved = [(b + 4) * half, 4 + 4, 4 + 4 + 4, (4 + b) * half]
-        elif who == "torch.compile":  # read twice, then read and written
-            moved = [b + b, b + b]
-        elif who in (TRL_SELECTIVE, TRL_CHUNKED):  # read; read again, the gradient written
-            moved = [b, b + b]
-        elif self.case.entry == "logits":  # the second read of a row finds it on the chip
-            moved = [b + b] if self.by_row and who == OURS else [b, b * active + b]
-        elif self.again(who):  # the GEMMs' epilogues do it
-            moved = []
-        else:
-            moved = [4, (4 + b) * (1 if who != OURS else active)]
-        return [Kernel(0, self.logits * x) for x in moved if x]
-
-    def peak(self, who: str, device: Device) -> float:
-        """The highest sum of what is allocated beside the inputs, gradients included."""
-        case, logits, b = self.case, self.logits, self.case.torch_dtype.itemsize
-        half, trained = b < 4, not case.frozen_head
-        softmax = {  # at once: of eager log-probs, their gradient, that of what they came from
-            "eager": 12,
-            "torch.compile": b + 4,
-            TRL_SELECTIVE: 2 * b if half or case.entry == "logits" else 3 * b,
-        }
-        if case.entry == "logits":
-            if who.startswith(OURS) and device.is_cpu and half:
-                return logits * b + 2 * BLOCK_BYTES  # a block's logits and gradient in float32
-            in_torch = who != TRL_SELECTIVE or device.is_cpu
-            return logits * (softmax.get(who, b) if in_torch else b)
-        dh, dw = self.rows * case.hidden * b, self.weight * b * trained
-        if who in softmax:
-            return max(logits * softmax[who], logits * b + dh + dw)
-        if who == TRL_CHUNKED:  # in torch with seven floats a logit of a tile
-            tile = min(self.rows, TRL_TILE[0]) * min(self.vocab, TRL_TILE[1])
-            sums = 4 * (self.rows * case.hidden + self.weight * trained)
-            return tile * (b + 28 * device.is_cpu) + sums
-        if who.startswith("bare"):
-            return logits * b + dh * (case.active if "active" in who else 1) + dw
-        narrowed = self.block * case.active * device.is_cpu * half  # a copy of the gradient
-        if self.waiting > self.block:
-            narrowed = self.waiting
-        held = self.block * 4 + narrowed * b
-        return held * self.vocab + dh + dw + self.weight * 4 * (half and trained)
-
-
-def gemms(case: Case, who: str, fits: bool) -> float:
-    """N×H×V products of forward and backward."""
-    work = Work(case, case.tokens, case.vocab, fits=fits)
-    return sum(k.flops for k in work.gemms(who)) / (2 * work.logits * case.hidden)
-
-
-def logit_bytes(case: Case, who: str) -> float:
-    """Bytes moved a logit, those that GEMMs read and write included."""
-    work = Work(case, case.tokens, case.vocab)
-    moved = sum(k.bytes for k in work.passes(who) + work.gemms(who))
-    return moved / work.logits
-
-
-def work_of(
-    case: Case,
-    device: Device,
-    who: str = OURS,
-    layout: Layout = Layout(),
-    workspace: int = WORKSPACE_BYTES,
-) -> Work:
-    """What one GPU of a layout does of a case."""
-    n, v = case.tokens / layout.tokens, case.vocab / layout.vocab
-    if case.entry == "logits":
-        return Work(case, n, v)
-    if who == TRL_CHUNKED:
-        return Work(case, n, v, TRL_TILE[0], TRL_TILE[0])
-    if not who.startswith(OURS):
-        return Work(case, n, v)
-    b = case.torch_dtype.itemsize
-    fitting = int(workspace / (v * (4 + 4 * (b < 4 and device.is_cpu))))
-    group = {"dpo": 2, "kto": 1}.get(case.objective, 0) * n / SEQUENCES  # what hangs together
-    if group and who == OURS and n <= fitting:
-        return Work(case, n, v, n, n)
-    if device.is_cpu:
-        rows = min(n, fitting, max(group, CPU_BLOCK_ROWS) if group <= fitting else CPU_BLOCK_ROWS)
-        return Work(case, n, v, rows, rows, group <= fitting)
-    if who != OURS or group > fitting:  # logits are not kept, their gradient is formed again
-        rows = min(n, whole_tiles(int(workspace / (v * b))))
-        return Work(case, n, v, n, rows, False)
-    block, waiting = stacked_rows(int(v), b, workspace)
-    if case.frozen_head or n <= whole_tiles(fitting) or group > block:
-        block = waiting = min(n, max(group, whole_tiles(fitting)))
-    return Work(case, n, v, block, waiting)
+def work(case: Case, who: str, is_cpu: bool) -> tuple[float, float]:
+    """FLOPs multiplied and bytes moved by forward and backward on one device."""
+    cost = COSTS[who](Tail(case, case.tokens, case.vocab, is_cpu))
+    kernels = cost.gemms + cost.passes
+    return sum(k.flops for k in kernels), sum(k.bytes for k in kernels)
 
 
 def predict(
@@ -265,34 +107,19 @@ def predict(
     """The loss tail of one step, ``case.tokens`` over all GPUs, on each of them.
 
     Raises:
-        KeyError: ``who`` is not one of ``PREDICTED``.
+        KeyError: ``who`` is not one of ``COSTS``.
     """
-    if who not in PREDICTED:
-        raise KeyError(who)
-    work, b = work_of(case, device, who, layout, workspace), case.torch_dtype.itemsize
-    exchanged = 2 * work.rows * case.hidden * b if layout.vocab > 1 else 0  # and its gradient
-    gathered = work.weight * b if layout.gathered else 0
+    rows, vocab = case.tokens / layout.tokens, case.vocab / layout.vocab
+    t = Tail(case, rows, vocab, device.is_cpu, workspace)
+    cost = COSTS[who](t)
+    exchanged = 2 * t.hidden * t.b if layout.vocab > 1 else 0  # and its gradient
+    gathered = t.weight * t.b if layout.gathered else 0
     return Prediction(
-        gemm=sum(k.seconds(device) for k in work.gemms(who)),
-        passes=sum(k.seconds(device) for k in work.passes(who)),
-        collectives=0 if case.entry == "logits" else _collectives(case, layout, work.rows),
-        bytes=work.peak(who, device) + exchanged + gathered,
+        gemm=sum(map(device.seconds, cost.gemms)),
+        passes=sum(map(device.seconds, cost.passes)),
+        collectives=0 if t.from_logits else _collectives(case, layout, t.rows),
+        bytes=cost.peak + exchanged + gathered,
     )
-
-
-TRL_SELECTIVE, TRL_CHUNKED = "TRL selective_log_softmax", "TRL ChunkedLogProbFunction"
-TRL_TILE = 4096, 32768  # of tokens and vocabulary
-PREDICTED = (
-    "bare copy",
-    "bare GEMMs",
-    "bare GEMMs, active rows",
-    "eager",
-    "torch.compile",
-    TRL_SELECTIVE,
-    TRL_CHUNKED,
-    "humanline, log-probs alone",
-    OURS,
-)
 
 
 def _collectives(case: Case, layout: Layout, n: float) -> float:
@@ -320,22 +147,32 @@ def _collectives(case: Case, layout: Layout, n: float) -> float:
 
 
 def calibrated(results: Results, case: Case) -> Device | None:
-    """The device of a results file, from the floors measured in that dtype; None without one."""
-    is_cpu = "cores" in results.environment["device"]
-    rates = {"gemm": 0.0, "copy": 0.0}
-    for other in results.cases:
-        base = floor(results.of(other))
-        if base is None or other.dtype != case.dtype:
-            continue
-        if other.entry == "logits":
-            rates["copy"] = max(rates["copy"], 2 * other.logits_bytes / base.seconds)
-        else:
-            flops = gemms(other, base.peer, True) * 2 * other.tokens * other.hidden * other.vocab
-            rates["gemm"] = max(rates["gemm"], flops / base.seconds)
-    if not rates["copy"] or (case.entry == "hidden" and not rates["gemm"]):
+    """The device of a results file, from the floors measured in the case's dtype; None without
+    them."""
+    name = results.environment["device"]
+    copy, gemm, wide = (
+        _rate(results, *key)
+        for key in ((case.dtype, "logits"), (case.dtype, "hidden"), ("float32", "hidden"))
+    )
+    if not copy or (case.entry == "hidden" and not gemm):
         return None
-    gemm = rates["gemm"] or math.inf  # from logits nothing is multiplied
-    return Device(results.environment["device"], gemm, rates["copy"], is_cpu)
+    gemm = gemm or math.inf  # from logits nothing is multiplied
+    return Device(name, gemm, copy, wide or gemm, _is_cpu(results))
+
+
+def _rate(results: Results, dtype: str, entry: str) -> float:
+    """The highest its floor attains: bytes/s from logits, FLOP/s from hidden states; 0 if none."""
+    rates = [0.0]
+    for case in results.cases:
+        base = floor(results.of(case))
+        if base is not None and (case.dtype, case.entry) == (dtype, entry):
+            flops, moved = work(case, base.peer, _is_cpu(results))
+            rates.append((moved if entry == "logits" else flops) / base.seconds)
+    return max(rates)
+
+
+def _is_cpu(results: Results) -> bool:
+    return "cores" in results.environment["device"]
 
 
 def check(results: Results) -> list[str]:
@@ -344,9 +181,9 @@ def check(results: Results) -> list[str]:
     for case in results.cases:
         device = calibrated(results, case)
         for r in results.of(case):
-            if r.peer not in PREDICTED or r.seconds is None:
+            if r.peer not in COSTS or r.seconds is None:
                 continue
-            rates = device or Device("memory only", 1, 1, "cores" in results.environment["device"])
+            rates = device or Device("memory only", 1, 1, 1, _is_cpu(results))
             p = predict(case, rates, r.peer)
             time = f"{p.seconds / r.seconds - 1:+7.0%}" if device else "no floor"
             measured = r.recorded_peak_bytes or r.peak_bytes

@@ -18,8 +18,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from bench.cases import Case
+from bench.costs import COSTS
 from bench.measure import Result
-from bench.model import H100, PREDICTED, calibrated, gemms, logit_bytes, predict
+from bench.model import H100, calibrated, predict, work
 from bench.peers import OURS
 from bench.readme import committed
 from bench.run import ROOT, Results
@@ -152,11 +153,10 @@ def roofline(results: Results):
             case, device = r.case, r.seconds and calibrated(results, r.case)
             if not device or case.dtype != dtype or case.entry == "logits":
                 continue
-            if r.peer not in PREDICTED or r.peer.startswith("bare"):
+            if r.peer not in COSTS or r.peer.startswith("bare"):
                 continue
-            needed = gemms(case, "bare GEMMs, active rows", True)
-            flops = needed * 2 * case.tokens * case.hidden * case.vocab
-            moved = case.tokens * case.vocab * logit_bytes(case, r.peer)
+            flops, _ = work(case, "bare GEMMs, active rows", device.is_cpu)
+            _, moved = work(case, r.peer, device.is_cpu)
             points.setdefault(r.peer, []).append((flops / moved, flops / r.seconds))
             floors = device
         if points:

@@ -5,10 +5,13 @@ from dataclasses import replace
 import pytest
 
 from bench.cases import Case
+from bench.costs import COSTS, Tail
 from bench.measure import Result
-from bench.model import H100, PREDICTED, Device, Layout, calibrated, check, gemms, predict
+from bench.model import H100, Device, Layout, calibrated, check, predict
+from bench.peers import PEERS
 from bench.readme import committed
 from bench.run import Results
+from humanline.ops import WORKSPACE_BYTES
 
 CASE = Case("grpo", "hidden", 65_536, 4096, 151_936, "bfloat16")
 
@@ -26,15 +29,21 @@ CASE = Case("grpo", "hidden", 65_536, 4096, 151_936, "bfloat16")
 )
 def test_gemms(objective, frozen, fits, active, expected):
     case = replace(CASE, objective=objective, frozen_head=frozen, active=active)
-    assert gemms(case, "humanline", fits) == expected
+    t = Tail(case, case.tokens, case.vocab, False, 2**50 if fits else 2**29)
+    flops = sum(k.flops for k in COSTS["humanline"](t).gemms)
+    assert flops / (2 * case.tokens * case.hidden * case.vocab) == expected
+
+
+def test_costs_are_of_peers():
+    assert set(COSTS) <= {p.name for p in PEERS}
 
 
 def test_memory_is_within_a_quarter_of_every_committed_point():
     points = 0
     for results in committed():
         for r in results.results:
-            if r.peer in PREDICTED and r.seconds is not None:
-                device = Device("memory", 1, 1, "cores" in results.environment["device"])
+            if r.peer in COSTS and r.seconds is not None:
+                device = Device("memory", 1, 1, 1, "cores" in results.environment["device"])
                 measured = r.recorded_peak_bytes or r.peak_bytes
                 predicted = predict(r.case, device, r.peer).bytes
                 assert predicted == pytest.approx(measured, rel=0.25), (r.case.name, r.peer)
@@ -80,3 +89,24 @@ def test_what_an_h100_should_make_of_it():
 def test_memory_does_not_grow_with_tokens_beside_hidden_gradients():
     short, long = (predict(replace(CASE, tokens=n), H100).bytes for n in (2**16, 2**20))
     assert long - short == (2**20 - 2**16) * 4096 * 2
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("who", ["humanline", "humanline, log-probs alone"])
+@pytest.mark.parametrize("objective", ["grpo", "dpo"])
+@pytest.mark.parametrize("is_cpu", [False, True])
+def test_ours_hold_the_workspace_beside_gradients(objective, who, frozen, is_cpu):
+    case = replace(CASE, objective=objective, frozen_head=frozen)
+    weight = case.vocab * case.hidden * (not frozen)
+    gradients = case.tokens * case.hidden * 2 + weight * (2 + 4)  # summed in float32
+    peak = predict(case, replace(H100, is_cpu=is_cpu), who).bytes
+    assert gradients < peak <= gradients + WORKSPACE_BYTES
+
+
+def test_float32_products_pay_their_own_rate():
+    """Liger's GRPO widens what it multiplies in the backward; the others do not."""
+    slower = replace(H100, gemm_float32=H100.gemm_float32 / 2)
+    for who in COSTS:
+        if who != "bare copy":
+            pays = predict(CASE, slower, who).seconds > predict(CASE, H100, who).seconds
+            assert pays == (who == "Liger chunked"), who
