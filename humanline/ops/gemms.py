@@ -13,7 +13,7 @@ from torch import Tensor
 
 from humanline.dtypes import compute_dtype
 
-_TILE_FLOATS = 2**22  # of the weight, widened at a time
+_TILE_FLOATS = 2**20  # of the weight, widened at a time
 
 
 def _on_tensor_cores(x: Tensor) -> bool:
@@ -49,7 +49,7 @@ def form_logits(hidden: Tensor, weight: Tensor, out: Tensor) -> Tensor:
     with _bfloat16_products(weight.dtype):
         for start in range(0, len(weight), columns):
             tile = slice(start, start + columns)
-            out[:, tile] = hidden @ weight[tile].to(out.dtype).T
+            torch.mm(hidden, weight[tile].to(out.dtype).T, out=out[:, tile])
     return out
 
 
