@@ -65,6 +65,8 @@ class Results:
         if differs:
             was, now = ({k: e.get(k) for k in differs} for e in (found.environment, here))
             raise UserError(f"{path} was measured with {was}, here is {now}: name another file")
+        commits = found.environment["commit"].split(", ")  # all that something was measured at
+        found.environment["commit"] = ", ".join(dict.fromkeys([*commits, here["commit"]]))
         return found
 
     def add(self, result: Result) -> None:

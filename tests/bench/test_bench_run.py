@@ -61,6 +61,15 @@ def test_results_of_another_machine_are_not_mixed(tmp_path):
         Results.open(path, "cpu")
 
 
+def test_results_name_every_commit_they_were_measured_at(tmp_path, monkeypatch):
+    here = runner.environment("cpu")
+    for commit in ("one", "two", "two", "one"):
+        monkeypatch.setattr(runner, "environment", lambda _, c=commit: here | {"commit": c})
+        results = Results.open(tmp_path / "results.json", "cpu")
+        results.save()
+    assert results.environment["commit"] == "one, two"
+
+
 @pytest.mark.parametrize("text", ["", "[]", '{"environment": {}, "results": [{"case": {}}]}'])
 def test_no_file_of_results(tmp_path, text):
     (tmp_path / "x.json").write_text(text)
