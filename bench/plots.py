@@ -75,7 +75,7 @@ def _lines(
 ) -> Path:
     """``only_line``: the one name whose points are joined; all are if None."""
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
+        figure, axes = plt.subplots(figsize=(6.4, 4.6), layout="constrained")
         others = [name for name in points if name not in PREFERRED]
         for name, line in points.items():
             index = others.index(name) if name in others else 0
@@ -88,7 +88,7 @@ def _lines(
         if "y" in log:
             axes.set_yscale("log")
         axes.set(title=title, xlabel=x, ylabel=y)
-        axes.legend(fontsize=7, frameon=False)
+        figure.legend(loc="outside lower center", ncols=3, fontsize=7, frameon=False)
         return _save(figure, path, points)
 
 
