@@ -269,13 +269,14 @@ class Blocks:
 
     Attributes:
         rows: of a block, whose logits are formed together.
-        waiting: whose gradient is multiplied together, see ops/head_gradients.py.
+        waiting: of several blocks, whose gradient is multiplied together (ops/head_gradients.py);
+            0 if each block's is by itself.
         again: whether logits are formed only for their gradient, once it is known; the log-probs
             come from a first pass, see ops/linear_objective.py.
     """
 
     rows: float
-    waiting: float
+    waiting: float = 0
     again: bool = False
 
 
@@ -289,26 +290,27 @@ def _blocks(t: Tail) -> Blocks:
     fitting = _fitting(t)
     group = {"dpo": 2, "kto": 1}.get(t.case.objective, 0) * t.sequence  # what hangs together
     if group and t.rows <= fitting:
-        return Blocks(t.rows, t.rows)
+        return Blocks(t.rows)
     if group > fitting:
         return _blocks_of_logps(t)
     if t.is_cpu:
-        rows = min(t.rows, fitting, max(group, CPU_BLOCK_ROWS))
-        return Blocks(rows, rows)
+        return Blocks(min(t.rows, fitting, max(group, CPU_BLOCK_ROWS)))
     block, waiting = stacked_rows(int(t.vocab), t.b, t.workspace)
     if not t.trained or t.rows <= whole_tiles(fitting) or group > block:
-        block = waiting = min(t.rows, max(group, whole_tiles(fitting)))
+        return Blocks(min(t.rows, max(group, whole_tiles(fitting))))
     return Blocks(block, waiting)
 
 
 def _blocks_of_logps(t: Tail) -> Blocks:
     """Those of log-probs alone. With a frozen head the gradient for each is formed with it, of
     all rows."""
-    rows = min(_fitting(t), CPU_BLOCK_ROWS) if t.is_cpu else whole_tiles(_fitting(t))
-    if t.trained and not t.is_cpu:  # the GEMM that forms logits again writes their gradient
+    if t.is_cpu:
+        rows = min(_fitting(t), CPU_BLOCK_ROWS)
+    elif t.trained:  # the GEMM that forms logits again writes their gradient
         rows = whole_tiles(int(t.workspace / (t.vocab * t.b)))
-    rows = min(t.rows, rows)
-    return Blocks(rows, rows, again=t.trained)
+    else:
+        rows = whole_tiles(_fitting(t))
+    return Blocks(min(t.rows, rows), again=t.trained)
 
 
 @_cost("humanline, log-probs alone")
@@ -339,7 +341,8 @@ def _ours_from_hidden(t: Tail, blocks: Blocks, share: float) -> Cost:
         share: of the rows whose gradient is multiplied.
     """
     fused = blocks.again and not t.is_cpu  # into the GEMMs, which write no logits
-    of_hidden, of_weight = (t.product(t.b, w, blocks.waiting, share) for w in (t.b, 8))
+    at_once = blocks.waiting or blocks.rows
+    of_hidden, of_weight = (t.product(t.b, w, at_once, share) for w in (t.b, 8))
     forward = t.product(0, t.b) if fused else t.product(4, t.b, blocks.rows)
     summed = t.weight * 4 * (t.half and t.trained)
     backward = t.gradients + summed + t.vocab * _bytes_a_column(t, blocks, share)
@@ -356,5 +359,4 @@ def _bytes_a_column(t: Tail, blocks: Blocks, share: float) -> float:
     if blocks.again:  # blocks of their own, of rows with a gradient alone
         rows = min(blocks.rows, t.rows * share)
         return rows * (4 + t.b * copied if t.is_cpu else t.b)
-    waiting = blocks.waiting if blocks.waiting > blocks.rows else 0
-    return blocks.rows * (4 + t.b * share * copied) + waiting * t.b
+    return blocks.rows * (4 + t.b * share * copied) + blocks.waiting * t.b

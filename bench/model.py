@@ -117,14 +117,13 @@ def predict(
     return Prediction(
         gemm=sum(map(device.seconds, cost.gemms)),
         passes=sum(map(device.seconds, cost.passes)),
-        collectives=0 if t.from_logits else _collectives(case, layout, t.rows),
+        collectives=0 if t.from_logits else _collectives(t, layout),
         bytes=cost.peak + exchanged + gathered,
     )
 
 
-def _collectives(case: Case, layout: Layout, n: float) -> float:
+def _collectives(t: Tail, layout: Layout) -> float:
     """Ring collectives: each moves ``(p − 1)/p`` of the bytes named, all-reduce twice that."""
-    b = case.torch_dtype.itemsize
     total = 0.0
 
     def ring(ways: int, size: float, link: Link) -> float:
@@ -132,16 +131,15 @@ def _collectives(case: Case, layout: Layout, n: float) -> float:
 
     if layout.vocab > 1:
         link = NVLINK if layout.vocab <= NODE else NETWORK
-        rows = 2 * ring(layout.vocab, n * 3 * 4, link)  # maximum, sum, picked logit of each row
-        total += rows + 2 * ring(layout.vocab, n * case.hidden * b, link)  # tokens in, gradient out
+        rows = 2 * ring(layout.vocab, t.rows * 3 * 4, link)  # maximum, sum, picked logit of each
+        total += rows + 2 * ring(layout.vocab, t.hidden * t.b, link)  # tokens in, gradient out
     if layout.tokens > 1:
         link = NVLINK if layout.gpus <= NODE else NETWORK
-        head = case.vocab / layout.vocab * case.hidden
         if layout.gathered:
-            total += ring(layout.tokens, head * b, link)
-        if not case.frozen_head:  # scattered if gathered, else reduced to all
-            total += (1 if layout.gathered else 2) * ring(layout.tokens, head * 4, link)
-        if case.objective in ("dpo", "kto"):
+            total += ring(layout.tokens, t.weight * t.b, link)
+        if t.trained:  # scattered if gathered, else reduced to all
+            total += (1 if layout.gathered else 2) * ring(layout.tokens, t.weight * 4, link)
+        if t.case.objective in ("dpo", "kto"):
             total += 2 * ring(layout.tokens, 8 * 4, link)
     return total
 
@@ -149,26 +147,27 @@ def _collectives(case: Case, layout: Layout, n: float) -> float:
 def calibrated(results: Results, case: Case) -> Device | None:
     """The device of a results file, from the floors measured in the case's dtype; None without
     them."""
-    name = results.environment["device"]
-    copy, gemm, wide = (
-        _rate(results, *key)
-        for key in ((case.dtype, "logits"), (case.dtype, "hidden"), ("float32", "hidden"))
-    )
+    rates = _rates(results)
+    copy, gemm = (rates.get((case.dtype, entry)) for entry in ("logits", "hidden"))
     if not copy or (case.entry == "hidden" and not gemm):
         return None
     gemm = gemm or math.inf  # from logits nothing is multiplied
-    return Device(name, gemm, copy, wide or gemm, _is_cpu(results))
+    wide = rates.get(("float32", "hidden"), gemm)
+    return Device(results.environment["device"], gemm, copy, wide, _is_cpu(results))
 
 
-def _rate(results: Results, dtype: str, entry: str) -> float:
-    """The highest its floor attains: bytes/s from logits, FLOP/s from hidden states; 0 if none."""
-    rates = [0.0]
+def _rates(results: Results) -> dict[tuple[str, str], float]:
+    """The highest that floors attain, by dtype and entry: bytes/s from logits, FLOP/s from hidden
+    states."""
+    rates: dict[tuple[str, str], float] = {}
     for case in results.cases:
         base = floor(results.of(case))
-        if base is not None and (case.dtype, case.entry) == (dtype, entry):
+        if base is not None:
             flops, moved = work(case, base.peer, _is_cpu(results))
-            rates.append((moved if entry == "logits" else flops) / base.seconds)
-    return max(rates)
+            rate = (moved if case.entry == "logits" else flops) / base.seconds
+            key = case.dtype, case.entry
+            rates[key] = max(rates.get(key, 0.0), rate)
+    return rates
 
 
 def _is_cpu(results: Results) -> bool:

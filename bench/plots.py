@@ -148,24 +148,28 @@ def scale(results: Results):
 def roofline(results: Results):
     """What each peer attains of the floors' rates, at the arithmetic it has to do."""
     for dtype in dict.fromkeys(r.case.dtype for r in results.results):
+        found = [
+            r
+            for r in results.results
+            if (r.case.dtype, r.case.entry) == (dtype, "hidden")
+            and r.seconds
+            and r.peer in COSTS
+            and not r.peer.startswith("bare")
+        ]
+        device = calibrated(results, found[0].case) if found else None
+        if device is None:
+            continue
         points: Points = {}
-        for r in results.results:
-            case, device = r.case, r.seconds and calibrated(results, r.case)
-            if not device or case.dtype != dtype or case.entry == "logits":
-                continue
-            if r.peer not in COSTS or r.peer.startswith("bare"):
-                continue
-            flops, _ = work(case, "bare GEMMs, active rows", device.is_cpu)
-            _, moved = work(case, r.peer, device.is_cpu)
+        for r in found:
+            flops, _ = work(r.case, "bare GEMMs, active rows", device.is_cpu)
+            _, moved = work(r.case, r.peer, device.is_cpu)
             points.setdefault(r.peer, []).append((flops / moved, flops / r.seconds))
-            floors = device
-        if points:
-            ridge = floors.gemm / floors.copy
-            roof = [(x, min(floors.gemm, x * floors.copy)) for x in (ridge / 9, ridge, 9 * ridge)]
-            points["bare rates"] = roof
-            axes = ("FLOP a byte moved", "FLOP/s", "xy", "bare rates")
-            title = f"Roofline, {dtype}, {results.environment['device']}"
-            yield f"roofline-{dtype}", title, points, axes
+        ridge = device.gemm / device.copy
+        roof = [(x, min(device.gemm, x * device.copy)) for x in (ridge / 9, ridge, 9 * ridge)]
+        points["bare rates"] = roof
+        axes = ("FLOP a byte moved", "FLOP/s", "xy", "bare rates")
+        title = f"Roofline, {dtype}, {results.environment['device']}"
+        yield f"roofline-{dtype}", title, points, axes
 
 
 def memory_at_scale():
