@@ -205,6 +205,9 @@ def liger_grpo_loss(batch: Batch) -> Tensor:
     return loss
 
 
+_LIGER_REFERENCE = "computes the reference of DPO and KTO too, 1F more"
+
+
 @_peer("Liger chunked", "hidden", package="liger-kernel", objectives=("grpo",))
 def liger_grpo(batch: Batch) -> Tensor:
     from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
@@ -233,7 +236,7 @@ def liger_grpo(batch: Batch) -> Tensor:
     package="liger-kernel",
     objectives=("dpo",),
     perceives=False,
-    note="computes the reference too: 1F more",
+    note=_LIGER_REFERENCE,
 )
 def liger_dpo(batch: Batch) -> Tensor:
     from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
@@ -251,7 +254,7 @@ def liger_dpo(batch: Batch) -> Tensor:
     package="liger-kernel",
     objectives=("kto",),
     perceives=False,
-    note="computes the reference too: 1F more",
+    note=_LIGER_REFERENCE,
 )
 def liger_kto(batch: Batch) -> Tensor:
     from liger_kernel.chunked_loss import LigerFusedLinearKTOLoss

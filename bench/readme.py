@@ -102,13 +102,21 @@ def _tables(results: Results, suite: str) -> str:
     cases = [c for c in results.cases if c in SUITES[suite]]
     for entry in dict.fromkeys(c.entry for c in cases):
         of_case = {c: results.of(c) for c in cases if c.entry == entry}
-        ran = {r.peer: note_on(r) for rs in of_case.values() for r in rs if r.seconds}
+        ran = _notes([r for rs in of_case.values() for r in rs if r.seconds])
         peers = sorted(ran, key=lambda name: name != OURS)
         rows = [[c.name, *(_cell(find(rs, p)) for p in peers)] for c, rs in of_case.items()]
         lines += ["", markdown([f"from {entry}", *peers], rows)]
         notes = "; ".join(f"{peer}: {ran[peer]}" for peer in peers if ran[peer])
         lines += ["", notes[0].upper() + notes[1:] + "."] if notes else []
     return "\n".join(lines)
+
+
+def _notes(results: list[Result]) -> dict[str, str]:
+    """Each peer's note; a peer may have one in some of its cases only."""
+    notes: dict[str, str] = {}
+    for r in results:
+        notes[r.peer] = note_on(r) or notes.get(r.peer, "")
+    return notes
 
 
 def _cell(r: Result | None) -> str:

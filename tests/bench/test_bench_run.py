@@ -87,7 +87,7 @@ def test_a_wrong_peer_is_not_timed(change):
 
 def test_a_peers_note_stands_beside_its_numbers():
     liger = Result(Case("dpo"), "Liger chunked", seconds=1.0, peak_bytes=3)
-    assert "computes the reference too: 1F more" in terminal(Results({}, [liger]))
+    assert "computes the reference of DPO and KTO too, 1F more" in terminal(Results({}, [liger]))
 
 
 def test_the_cases_run_under_pytest_benchmark():

@@ -3,6 +3,9 @@
 import pytest
 
 from bench import readme
+from bench.cases import Case
+from bench.measure import Result
+from bench.report import note_on
 from bench.run import ROOT
 from humanline.training.errors import UserError
 
@@ -30,3 +33,8 @@ def test_an_unknown_block():
 def test_without_a_gpu_result_it_says_so(monkeypatch):
     monkeypatch.setattr(readme, "committed", lambda: [])
     assert "nothing has been measured" in readme.gpu()
+
+
+def test_a_note_on_some_of_a_peers_cases_is_not_lost():
+    results = [Result(Case(o), "Liger chunked", seconds=1.0) for o in ("grpo", "dpo", "grpo")]
+    assert readme._notes(results) == {"Liger chunked": note_on(results[1])} != {"Liger chunked": ""}
