@@ -73,14 +73,16 @@ def _lines(
     log: str = "xy",
     only_line: str | None = None,
 ) -> Path:
-    """``only_line``: the one name whose points are joined; all are if None."""
+    """``only_line``: the one name drawn as a line, the others as points; all have both if None."""
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(6.4, 4.6), layout="constrained")
         others = [name for name in points if name not in PREFERRED]
         for name, line in points.items():
             index = others.index(name) if name in others else 0
             style = _style(name, index)
-            if only_line not in (None, name):
+            if name == only_line:
+                style |= {"color": "black", "marker": ""}
+            elif only_line is not None:
                 style["linestyle"] = "none"
             axes.plot(*zip(*line, strict=True), label=name, **style)
         if "x" in log:
