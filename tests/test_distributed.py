@@ -2,7 +2,6 @@
 
 import copy
 import os
-import sys
 import time
 import traceback
 
@@ -250,7 +249,6 @@ def worker(rank, folder):
         dist.barrier()  # until the other rank needs nothing more of this one
     # Not through the interpreter's end: gloo's threads outlive destroy_process_group, and one that
     # wants the GIL by then, to let go of a tensor, aborts the process.
-    sys.stderr.flush()
     os._exit(0)
 
 
