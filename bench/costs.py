@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from bench.cases import SEQUENCES, Case
 from humanline.ops import WORKSPACE_BYTES
 from humanline.ops.blocks import BLOCK_BYTES
-from humanline.ops.head_blocks import CPU_BLOCK_ROWS, stacked_rows, whole_tiles
+from humanline.ops.head_blocks import comfortable_rows, stacked_rows
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,11 @@ class Tail:
     def sequence(self) -> float:
         """Rows of one."""
         return self.rows / SEQUENCES
+
+    @property
+    def group(self) -> float:
+        """Rows that depend on one another: of a pair or a sequence; 0 where none do."""
+        return {"dpo": 2, "kto": 1}.get(self.case.objective, 0) * self.sequence
 
     def product(
         self, a_logit: float, a_weight: float, at_once=math.inf, share=1.0, wide=False
@@ -230,9 +235,8 @@ def _liger_grpo(t: Tail) -> Cost:
 
 def _liger_preference(t: Tail) -> Cost:
     """A pair of sequences at a time, or one for KTO, and the reference's logits too; compiled."""
-    rows = t.sequence * (2 if t.case.objective == "dpo" else 1)
-    forward, of_weight = (t.product(t.b, a_weight, rows) for a_weight in (t.b, 4 * t.b))
-    logits = rows * t.vocab * t.b
+    forward, of_weight = (t.product(t.b, a_weight, t.group) for a_weight in (t.b, 4 * t.b))
+    logits = t.group * t.vocab * t.b
     share = t.weight * t.b * t.trained
     return Cost(
         [forward] * 3 + [of_weight] * t.trained,
@@ -288,29 +292,24 @@ def _fitting(t: Tail) -> int:
 def _blocks(t: Tail) -> Blocks:
     """Those of an objective."""
     fitting = _fitting(t)
-    group = {"dpo": 2, "kto": 1}.get(t.case.objective, 0) * t.sequence  # what hangs together
-    if group and t.rows <= fitting:
+    if t.group and t.rows <= fitting:
         return Blocks(t.rows)
-    if group > fitting:
+    if t.group > fitting:
         return _blocks_of_logps(t)
-    if t.is_cpu:
-        return Blocks(min(t.rows, fitting, max(group, CPU_BLOCK_ROWS)))
+    rows = comfortable_rows(fitting, t.is_cpu)
     block, waiting = stacked_rows(int(t.vocab), t.b, t.workspace)
-    if not t.trained or t.rows <= whole_tiles(fitting) or group > block:
-        return Blocks(min(t.rows, max(group, whole_tiles(fitting))))
+    if t.is_cpu or not t.trained or t.rows <= rows or t.group > block:
+        return Blocks(min(t.rows, max(t.group, rows)))
     return Blocks(block, waiting)
 
 
 def _blocks_of_logps(t: Tail) -> Blocks:
     """Those of log-probs alone. With a frozen head the gradient for each is formed with it, of
     all rows."""
-    if t.is_cpu:
-        rows = min(_fitting(t), CPU_BLOCK_ROWS)
-    elif t.trained:  # the GEMM that forms logits again writes their gradient
-        rows = whole_tiles(int(t.workspace / (t.vocab * t.b)))
-    else:
-        rows = whole_tiles(_fitting(t))
-    return Blocks(min(t.rows, rows), again=t.trained)
+    fitting = _fitting(t)
+    if t.trained and not t.is_cpu:  # the GEMM that forms logits again writes their gradient
+        fitting = int(t.workspace / (t.vocab * t.b))
+    return Blocks(min(t.rows, comfortable_rows(fitting, t.is_cpu)), again=t.trained)
 
 
 @_cost("humanline, log-probs alone")
@@ -323,7 +322,7 @@ def our_logps(t: Tail) -> Cost:
 @_cost("humanline")
 def ours(t: Tail) -> Cost:
     if t.from_logits:
-        return _ours_from_logits(t, fused=t.case.objective in ("grpo", "sft"))
+        return _ours_from_logits(t, fused=not t.group)
     return _ours_from_hidden(t, _blocks(t), t.case.active)
 
 

@@ -139,7 +139,7 @@ def _collectives(t: Tail, layout: Layout) -> float:
             total += ring(layout.tokens, t.weight * t.b, link)
         if t.trained:  # scattered if gathered, else reduced to all
             total += (1 if layout.gathered else 2) * ring(layout.tokens, t.weight * 4, link)
-        if t.case.objective in ("dpo", "kto"):
+        if t.group:
             total += 2 * ring(layout.tokens, 8 * 4, link)
     return total
 
@@ -153,7 +153,7 @@ def calibrated(results: Results, case: Case) -> Device | None:
         return None
     gemm = gemm or math.inf  # from logits nothing is multiplied
     wide = rates.get(("float32", "hidden"), gemm)
-    return Device(results.environment["device"], gemm, copy, wide, _is_cpu(results))
+    return Device(results.environment["device"], gemm, copy, wide, results.on_cpu)
 
 
 def _rates(results: Results) -> dict[tuple[str, str], float]:
@@ -163,15 +163,11 @@ def _rates(results: Results) -> dict[tuple[str, str], float]:
     for case in results.cases:
         base = floor(results.of(case))
         if base is not None:
-            flops, moved = work(case, base.peer, _is_cpu(results))
+            flops, moved = work(case, base.peer, results.on_cpu)
             rate = (moved if case.entry == "logits" else flops) / base.seconds
             key = case.dtype, case.entry
             rates[key] = max(rates.get(key, 0.0), rate)
     return rates
-
-
-def _is_cpu(results: Results) -> bool:
-    return "cores" in results.environment["device"]
 
 
 def check(results: Results) -> list[str]:
@@ -182,7 +178,7 @@ def check(results: Results) -> list[str]:
         for r in results.of(case):
             if r.peer not in COSTS or r.seconds is None:
                 continue
-            rates = device or Device("memory only", 1, 1, 1, _is_cpu(results))
+            rates = device or Device("memory only", 1, 1, 1, results.on_cpu)
             p = predict(case, rates, r.peer)
             time = f"{p.seconds / r.seconds - 1:+7.0%}" if device else "no floor"
             measured = r.recorded_peak_bytes or r.peak_bytes

@@ -85,7 +85,7 @@ def _where(path: Path, record: dict[str, Any], command: str) -> str:
 def _measured(suite: str) -> str:
     """The cases of a suite, as measured on such a device; sweeps are plots."""
     on_cpu = suite == "cpu"
-    found = [r for r in committed() if ("cores" in r.environment["device"]) == on_cpu]
+    found = [r for r in committed() if r.on_cpu == on_cpu]
     return "\n".join(_tables(results, suite) for results in found)
 
 

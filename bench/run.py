@@ -88,6 +88,10 @@ class Results:
         return [r for r in self.results if r.case == case]
 
     @property
+    def on_cpu(self) -> bool:
+        return "cores" in self.environment["device"]
+
+    @property
     def cases(self) -> list[Case]:
         return list(dict.fromkeys(r.case for r in self.results))
 

@@ -164,11 +164,9 @@ def block_rows(
     return workspace_bytes // per_row
 
 
-def comfortable_rows(weight: Tensor, fitting: int) -> int:
+def comfortable_rows(fitting: int, on_cpu: bool) -> int:
     """Rows a block where any number up to ``fitting`` will do."""
-    if weight.device.type == "cpu":
-        return min(fitting, CPU_BLOCK_ROWS)
-    return whole_tiles(fitting)
+    return min(fitting, CPU_BLOCK_ROWS) if on_cpu else whole_tiles(fitting)
 
 
 def stacked_rows(length: int, itemsize: int, workspace_bytes: int) -> tuple[int, int]:

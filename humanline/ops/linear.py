@@ -109,7 +109,7 @@ def linear_token_logps(
         head.for_rows(labels),
         return_entropy,
         observe,
-        comfortable_rows(weight, rows),
+        comfortable_rows(rows, weight.device.type == "cpu"),
         kind,
         unit,
         capturable,

@@ -63,7 +63,7 @@ def linear_objective(
     fitting = block_rows(BLOCKS[backend], weight, head, with_entropy, workspace_bytes)
     found = None
     if _trains(hidden, weight, head.bias) and not capturable:
-        sizes = [Sizes(fitting, comfortable_rows(weight, fitting))]
+        sizes = [Sizes(fitting, comfortable_rows(fitting, weight.device.type == "cpu"))]
         if backend == "triton" and _trains(weight, head.bias):
             length, itemsize = padded_length(weight), weight.element_size()
             rows, waiting = stacked_rows(length, itemsize, workspace_bytes)

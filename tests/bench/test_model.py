@@ -43,7 +43,7 @@ def test_memory_is_within_a_quarter_of_every_committed_point():
     for results in committed():
         for r in results.results:
             if r.peer in COSTS and r.seconds is not None:
-                device = Device("memory", 1, 1, 1, "cores" in results.environment["device"])
+                device = Device("memory", 1, 1, 1, results.on_cpu)
                 measured = r.recorded_peak_bytes or r.peak_bytes
                 predicted = predict(r.case, device, r.peer).bytes
                 assert predicted == pytest.approx(measured, rel=0.25), (r.case.name, r.peer)
