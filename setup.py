@@ -22,7 +22,7 @@ TRAIN = [
     "safetensors",
     "tqdm",
 ]
-# The versions in humanline/integrations/trl_version.py: what is called there is TRL's own business.
+# The versions in humanline/integrations/trl/version.py: what is called there is TRL's own business.
 TRL = ["trl>=1.15,<1.17", "peft>=0.18"]
 BENCH = ["pytest-benchmark"]
 TEST = [

@@ -108,7 +108,7 @@ under() {
     elif [ -n "$reduced" ]; then step "$name" "$@"
     else step "$name" echo "skipped: ${tool[0]} is not on the PATH"; fi
 }
-gpu() { # NAME FUNCTION: a step of bench/gpu.py
+gpu() { # NAME FUNCTION: a step of bench/gpu/steps.py
     step "$1" "$python" -m bench.gpu "$2" $reduced --output "$output"
 }
 bench() { # NAME REPEATS OPTIONS…: results are saved one by one, and it goes on by itself
@@ -133,7 +133,7 @@ steps() {
     gpu graphs graphs
     gpu opcheck ops
     under ncu ncu --csv --print-units base --clock-control none --profile-from-start no \
-        --kernel-name 'regex:^_(forward|backward|token_loss|scale)' \
+        --kernel-name 'regex:^humanline_(token_|scale)' \
         --metrics dram__bytes_read.sum,dram__bytes_write.sum,gpu__time_duration.sum \
         --log-file "$output/ncu.csv" -- "$python" -m bench.gpu kernels $reduced --output "$output"
     gpu dram dram
@@ -145,7 +145,7 @@ steps() {
             "$python" -m bench.gpu small $reduced --output "$output"
     done
     local files=(tests/{kernels,ops}/test_*.py)
-    if [ -n "$reduced" ]; then files=(tests/ops/test_gemms.py); fi
+    if [ -n "$reduced" ]; then files=(tests/ops/hidden/test_gemms.py); fi
     for file in "${files[@]}"; do
         step "tests-$(basename "$file" .py)" "$python" -m pytest -q -p no:cacheprovider "$file"
     done
@@ -157,7 +157,7 @@ steps() {
         bench gpu-tokens 3 --suite gpu-tokens
     fi
     step report "$python" -m bench --show "$output/results.json"
-    step model "$python" -m bench.model "$output/results.json"
+    step model "$python" -m bench.paper.model "$output/results.json"
 }
 
 if ! "$python" -m bench.gpu machine --output "$output"; then

@@ -18,12 +18,11 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from bench.cases import Case
-from bench.costs import COSTS
 from bench.measure import Result
-from bench.model import H100, calibrated, predict, work
+from bench.paper.costs import COSTS
+from bench.paper.model import H100, calibrated, predict, work
 from bench.peers import OURS
-from bench.readme import committed
-from bench.run import ROOT, Results
+from bench.run import ROOT, Results, committed
 
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 MARKERS, DASHES = "osD^vPX*<>", ["-", "--", "-.", ":"]

@@ -12,21 +12,17 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from bench import long_context, model, reference_memory
 from bench.cases import SUITES
 from bench.measure import Result
+from bench.memory import long_context, reference_memory
+from bench.paper import model
 from bench.peers import OURS
 from bench.report import find, markdown, megabytes, note_on, seconds
-from bench.run import ROOT, Results
+from bench.run import ROOT, Results, committed
 from humanline.training.errors import UserError
 
 BLOCK = re.compile(r"(<!-- bench:([\w-]+) -->\n)(.*?)(<!-- /bench -->)", re.S)
 NO_GPU = "On a GPU nothing has been measured yet."
-
-
-def committed() -> list[Results]:
-    """All results in ``bench/results/``."""
-    return [Results.load(p) for p in sorted((ROOT / "bench/results").glob("*/results.json"))]
 
 
 def cpu() -> str:

@@ -96,6 +96,11 @@ class Results:
         return list(dict.fromkeys(r.case for r in self.results))
 
 
+def committed() -> list[Results]:
+    """All results in ``bench/results/``."""
+    return [Results.load(p) for p in sorted((ROOT / "bench/results").glob("*/results.json"))]
+
+
 def run(
     cases: Sequence[Case],
     results: Results,

@@ -46,7 +46,7 @@ __all__ = [
 
 def __getattr__(name: str):
     if name == "patch_trl":  # imports TRL, so only when it is asked for
-        from humanline.integrations.trl_head import patch_trl
+        from humanline.integrations.trl.head import patch_trl
 
         return patch_trl
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -28,7 +28,7 @@ from .rows import (
 
 
 @triton.jit
-def _softmax(
+def humanline_head_softmax(
     z_ptr,
     labels_ptr,
     temperature_ptr,
@@ -74,7 +74,7 @@ def _softmax(
 
 
 @triton.jit
-def _gradient(
+def humanline_head_gradient(
     dz_ptr,
     z_ptr,
     kept_ptr,
@@ -185,7 +185,7 @@ class HeadRows:
         self.entropy = torch.empty_like(self.logps) if with_entropy else None
         if len(z):
             with torch.cuda.device_of(z):
-                _softmax[(len(z),)](
+                humanline_head_softmax[(len(z),)](
                     z,
                     dense(labels),
                     dense(temperature),
@@ -229,7 +229,7 @@ class HeadRows:
         vocab, k = self._z.shape[1], len(self._z if kept is None else kept)
         if k:
             with torch.cuda.device_of(out):
-                _gradient[(k,)](
+                humanline_head_gradient[(k,)](
                     out,
                     self._z,
                     kept,

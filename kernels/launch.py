@@ -1,6 +1,5 @@
 """What the kernels are launched with: how the rows lie in memory, how large a tile is."""
 
-import os
 import sys
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -91,18 +90,14 @@ def row_config(vocab: int, dtype: torch.dtype, aligned: bool) -> dict[str, int]:
     """Tile and warps for rows of this length, on the current device.
 
     A long row gets 1,024 threads, so that one program fills an SM: with a row of 300 kB to each of
-    132 SMs, the second read finds the row in L2. Tuned only if asked for, by
-    ``HUMANLINE_AUTOTUNE=1``: the fastest differs from run to run, and with it the last bits of a
-    sum.
+    132 SMs, the second read finds the row in L2. The table is
+    fixed, not tuned on the spot: the fastest differs from run to run, and with it the last bits of
+    a sum.
 
     Args:
         aligned: see :attr:`RowTensor.aligned`.
     """
     index = torch.cuda.current_device() if torch.cuda.is_available() else None
-    if index is not None and os.environ.get("HUMANLINE_AUTOTUNE") == "1":
-        from .autotune import fastest_warps
-
-        return row_tile(fastest_warps(vocab, dtype, index), dtype, aligned)
     by_length = ROW_WARPS.get(device_key(index), ROW_WARPS["any"])
     warps = next(w for length, w in by_length.items() if vocab <= length)
     return row_tile(warps, dtype, aligned)
@@ -143,7 +138,8 @@ class GemmConfig:
         }
 
 
-# Chosen by reasoning (see linear_logps.py) and by bench/compile_report.py: no registers spilled.
+# Chosen by reasoning (see linear_logps.py) and by bench/machine_code/compile_report.py: no
+# registers spilled.
 # - sm_90: what two warpgroups can accumulate, four stages of 48 kB.
 # - sm_100: the accumulator is in tensor memory, the rest the same.
 # - others: 128 × 128 in 64 kB of shared memory, which sm_86, sm_89, sm_120 and gfx942 have too.

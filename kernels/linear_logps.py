@@ -146,7 +146,7 @@ def logits_tile(
 
 
 @triton.jit(do_not_specialize=_LENGTHS)
-def _forward(
+def humanline_linear_logps(
     hidden,
     hidden_stride,
     weight,
@@ -228,7 +228,7 @@ def _forward(
 
 
 @triton.jit
-def _merge_chunks(
+def humanline_linear_merge(
     max_ptr,
     sum_ptr,
     t_ptr,
@@ -273,7 +273,7 @@ def _merge_chunks(
 
 
 @triton.jit(do_not_specialize=_LENGTHS)
-def _gradient(
+def humanline_linear_gradient(
     dz_ptr,
     dz_stride,
     hidden,
@@ -374,7 +374,7 @@ def _gradient(
 
 
 def forward_columns(bias: bool, softcap: bool) -> int:
-    """Columns of a tile that leave the epilogue enough registers, by bench/compile_report.py."""
+    """Columns of a tile that leave the epilogue enough registers: those of the compile report."""
     return 128 if bias or softcap else 256
 
 
@@ -448,7 +448,7 @@ def linear_logps_forward(
         "TEMPERATURE_PER_ROW": temperature.dim() > 0,
     }
     with torch.cuda.device_of(hidden):
-        _forward[(triton.cdiv(n, config.rows) * chunks,)](
+        humanline_linear_logps[(triton.cdiv(n, config.rows) * chunks,)](
             *operands,
             dense(bias),
             labels,
@@ -471,7 +471,7 @@ def linear_logps_forward(
             **descriptors,
             **config.launch,
         )
-        _merge_chunks[(n,)](
+        humanline_linear_merge[(n,)](
             *partials,
             picked,
             labels,
@@ -534,7 +534,8 @@ def linear_logits_gradient(
     index = dense(index)
     operands, descriptors = _gemm_arguments(hidden, weight, index, config)
     with torch.cuda.device_of(hidden):
-        _gradient[(triton.cdiv(n, config.rows) * triton.cdiv(vocab, config.columns),)](
+        tiles = triton.cdiv(n, config.rows) * triton.cdiv(vocab, config.columns)
+        humanline_linear_gradient[(tiles,)](
             out,
             out.stride(0),
             *operands,

@@ -39,7 +39,7 @@ def load_block(
 
 
 @triton.jit(do_not_specialize=["n", "group"])
-def _hidden_gradient(
+def humanline_matmul_hidden(
     out_ptr,
     out_stride,
     dz,
@@ -82,7 +82,7 @@ def _hidden_gradient(
 
 
 @triton.jit
-def _weight_gradient(
+def humanline_matmul_weight(
     total_ptr,
     dz_ptr,
     dz_stride,
@@ -144,7 +144,8 @@ def hidden_gradient_(
     a = operand(dz, (config.rows, config.depth), config)
     b = operand(weight, (config.depth, config.columns), config)
     with torch.cuda.device_of(out):
-        _hidden_gradient[(triton.cdiv(n, config.rows) * triton.cdiv(width, config.columns),)](
+        tiles = triton.cdiv(n, config.rows) * triton.cdiv(width, config.columns)
+        humanline_matmul_hidden[(tiles,)](
             out,
             out.stride(0),
             a,
@@ -183,7 +184,8 @@ def add_weight_gradient_(
     config = gemm_config(dz.dtype, gemm_target(dz), columns=128)
     vocab, width = total.shape
     with torch.cuda.device_of(total):
-        _weight_gradient[(triton.cdiv(vocab, config.rows) * triton.cdiv(width, config.columns),)](
+        tiles = triton.cdiv(vocab, config.rows) * triton.cdiv(width, config.columns)
+        humanline_matmul_weight[(tiles,)](
             total,
             dz,
             dz.stride(0),

@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _scale(x_ptr, factor_ptr, rows, V, BLOCK: tl.constexpr):
+def humanline_scale(x_ptr, factor_ptr, rows, V, BLOCK: tl.constexpr):
     factor = tl.load(factor_ptr).to(tl.float32)
     if factor == 1.0:
         return
@@ -27,5 +27,5 @@ def scale_(x: Tensor, factor: Tensor) -> Tensor:
     if x.numel():
         grid = (triton.cdiv(x.numel(), block),)
         with torch.cuda.device_of(x):
-            _scale[grid](x, factor, x.numel() // vocab, vocab, BLOCK=block, num_warps=8)
+            humanline_scale[grid](x, factor, x.numel() // vocab, vocab, BLOCK=block, num_warps=8)
     return x

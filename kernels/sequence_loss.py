@@ -99,7 +99,7 @@ def write_coefficients(
 
 
 @triton.jit(do_not_specialize=["rows_per_sequence"])
-def _sequence_loss(
+def humanline_sequence_loss(
     logps_ptr,
     ref_ptr,
     mask_ptr,
@@ -225,7 +225,7 @@ def sequence_loss(
     report = logps.new_empty(len(REPORT), units)
     if units:
         with torch.cuda.device_of(logps):
-            _sequence_loss[(units,)](
+            humanline_sequence_loss[(units,)](
                 dense(logps),
                 dense(ref_logps),
                 dense(mask),

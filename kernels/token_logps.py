@@ -26,7 +26,7 @@ _LENGTHS = ["rows_per_batch", "batch_stride_rows"]
 
 
 @triton.jit(do_not_specialize=_LENGTHS)
-def _forward(
+def humanline_token_logps(
     logits_ptr,
     rows_per_batch,
     batch_stride_rows,
@@ -63,7 +63,7 @@ def _forward(
 
 
 @triton.jit(do_not_specialize=[*_LENGTHS, "grad_rows_per_batch", "grad_batch_stride_rows"])
-def _backward(
+def humanline_token_logps_gradient(
     grad_ptr,
     grad_rows_per_batch,
     grad_batch_stride_rows,
@@ -137,7 +137,7 @@ def token_logps_forward(
     entropy = torch.empty_like(logps) if with_entropy else None
     if rows.rows:
         with torch.cuda.device_of(logits):
-            _forward[(rows.rows,)](
+            humanline_token_logps[(rows.rows,)](
                 *rows.arguments,
                 dense(labels),
                 dense(temperature),
@@ -169,7 +169,7 @@ def token_logps_backward(
     grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     if rows.rows:
         with torch.cuda.device_of(logits):
-            _backward[(rows.rows,)](
+            humanline_token_logps_gradient[(rows.rows,)](
                 *RowTensor.of(grad).arguments,
                 *rows.arguments,
                 dense(labels),

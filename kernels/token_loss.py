@@ -30,7 +30,7 @@ _LENGTHS = ["rows_per_batch", "batch_stride_rows", "grad_rows_per_batch", "grad_
 
 
 @triton.jit(do_not_specialize=_LENGTHS)
-def _token_loss(
+def humanline_token_loss(
     grad_ptr,
     grad_rows_per_batch,
     grad_batch_stride_rows,
@@ -179,7 +179,7 @@ def token_loss(
     entropy = torch.empty_like(loss) if entropy_weight is not None else None
     if rows.rows:
         with torch.cuda.device_of(logits):
-            _token_loss[(rows.rows,)](
+            humanline_token_loss[(rows.rows,)](
                 *RowTensor.of(grad).arguments,
                 *rows.arguments,
                 dense(labels),

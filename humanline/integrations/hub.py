@@ -22,7 +22,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = ("", "kernels", "objectives", "ops")
+FOLDERS = ("", "kernels", "objectives", "ops", "ops/logits", "ops/hidden")
 LEFT_OUT = ("cli.py", "doctor.py")
 BACKENDS = ("cpu", "cuda", "rocm")
 #: The major version users ask the Hub for: raised when a caller would have to change.

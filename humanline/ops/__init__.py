@@ -1,11 +1,11 @@
 """Ops: log-probs from logits and from hidden states, their autograd, and the choice of backend."""
 
 from humanline.ops.backend import choose_backend
-from humanline.ops.head import WORKSPACE_BYTES, Head, check_hidden
-from humanline.ops.linear import linear_token_logps
-from humanline.ops.linear_objective import linear_objective
-from humanline.ops.logits import check_logits, shift, token_logps
-from humanline.ops.logits_objective import logits_objective
+from humanline.ops.hidden.head import WORKSPACE_BYTES, Head, check_hidden
+from humanline.ops.hidden.objective import linear_objective
+from humanline.ops.hidden.token_logps import linear_token_logps
+from humanline.ops.logits.objective import logits_objective
+from humanline.ops.logits.token_logps import check_logits, shift, token_logps
 from humanline.ops.whole_batch import finish
 
 __all__ = [

@@ -11,9 +11,9 @@ pytest.importorskip("triton")
 
 from triton.runtime.interpreter import GridExecutor
 
-from bench import gpu
 from bench import run as runner
 from bench.cases import Case
+from bench.gpu import steps as gpu
 from bench.measure import Result
 from bench.peers import peers_of
 from bench.run import ROOT, Results, run
@@ -100,7 +100,6 @@ def test_the_sanitizer_sees_every_kernel(args, launched):
     kernels = {
         (f"humanline.kernels.{path.stem}", name)
         for path in (ROOT / "humanline/kernels").glob("*.py")
-        if path.stem != "autotune"
         for name in re.findall(r"(\w+)\[\(.*\)\]\(|(\w+)\[grid\]\(", path.read_text())
         for name in filter(None, name)
     }
@@ -108,14 +107,14 @@ def test_the_sanitizer_sees_every_kernel(args, launched):
 
 
 def test_opcheck_takes_every_registered_op():
-    sources = [p.read_text() for p in (ROOT / "humanline/ops").glob("*.py")]
+    sources = [p.read_text() for p in (ROOT / "humanline/ops").rglob("*.py")]
     registered = {x for s in sources for x in re.findall(r'custom_op\("humanline::(\w+)"', s)}
     assert {op for _, op, *_ in gpu._op_calls()} == registered
 
 
 NCU = """\
 ==PROF== Connected to process 42 (/usr/bin/python3)
-==PROF== Profiling "_token_loss" - 0: 0%....50%....100% - 1 pass
+==PROF== Profiling "humanline_token_loss" - 0: 0%....50%....100% - 1 pass
 "ID","Process ID","Process Name","Host Name","Kernel Name","Context","Stream","Block Size",\
 "Grid Size","Device","CC","Section Name","Metric Name","Metric Unit","Metric Value"
 """
@@ -147,7 +146,7 @@ def test_bytes_a_logit_from_the_table_of_ncu(args):
     assert found["logits"] == logits and len(found["launches"]) == len(kernels)
     assert found["launches"][0] == {
         "case": cases[0].name,
-        "kernel": "_token_loss",
+        "kernel": "humanline_token_loss",
         "read": 2.0,
         "written": 1.0,
         "total": 3.0,
@@ -157,10 +156,10 @@ def test_bytes_a_logit_from_the_table_of_ncu(args):
 
 
 def test_other_launches_than_expected_are_kept_without_a_case_and_fail(args):
-    (args.output / "ncu.csv").write_text(ncu_csv(["_forward"], 100, 20))
+    (args.output / "ncu.csv").write_text(ncu_csv(["humanline_token_logps"], 100, 20))
     assert not gpu.dram(args)
     (launch,) = json.loads((args.output / "ncu.json").read_text())["launches"]
-    assert launch["kernel"] == "_forward" and "case" not in launch
+    assert launch["kernel"] == "humanline_token_logps" and "case" not in launch
 
 
 def test_ncu_that_counted_nothing_fails(args):

@@ -76,7 +76,7 @@ def run(tmp_path):
 def test_a_failed_step_is_told_and_tried_again_after_all_the_others(run):
     done, calls = run({"gpu graphs": 1, "gpu correctness": 137})
     assert done.returncode == 1 and "FAILED: correctness graphs;" in done.stderr
-    assert "bench.model" in calls[-1]
+    assert "bench.paper.model" in calls[-1]
 
     done, calls = run({"gpu graphs": 1})
     assert done.returncode == 1 and "FAILED: graphs;" in done.stderr
@@ -102,7 +102,11 @@ def test_a_step_that_is_too_long_goes_on_after_the_others(run):
     assert done.returncode == 75 and "gpu graphs" in calls[-1]
 
     done, calls = run({"gpu correctness": 124})
-    assert done.returncode == 75 and "bench.model" in calls[-2] and "gpu correctness" in calls[-1]
+    assert (
+        done.returncode == 75
+        and "bench.paper.model" in calls[-2]
+        and "gpu correctness" in calls[-1]
+    )
     done, calls = run({})
     assert done.returncode == 0
     assert ["gpu graphs" in calls[0], "gpu correctness" in calls[1]] == [True, True]
@@ -126,9 +130,9 @@ def test_the_full_form_takes_the_most_telling_first(run):
         "--objective dpo --entry hidden --vocab 151936",
         "gpu graphs",
         "tests/kernels/test_linear_logps.py",
-        "tests/ops/test_capturable.py",
+        "tests/ops/hidden/test_capturable.py",
         "--suite gpu-tokens",
-        "bench.model",
+        "bench.paper.model",
     ]
     places = [next(i for i, call in enumerate(calls) if part in call) for part in order]
     assert places == sorted(places)

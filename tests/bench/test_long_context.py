@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from bench import long_context
+from bench.memory import long_context
 
 TINY = ["--hidden", "64", "--layers", "2", "--vocab", "4096"]
 

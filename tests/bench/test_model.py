@@ -5,12 +5,11 @@ from dataclasses import replace
 import pytest
 
 from bench.cases import Case
-from bench.costs import COSTS, Tail
 from bench.measure import Result
-from bench.model import H100, Device, Layout, calibrated, check, predict
+from bench.paper.costs import COSTS, Tail
+from bench.paper.model import H100, Device, Layout, calibrated, check, predict
 from bench.peers import PEERS
-from bench.readme import committed
-from bench.run import Results
+from bench.run import Results, committed
 from humanline.ops import WORKSPACE_BYTES
 
 CASE = Case("grpo", "hidden", 65_536, 4096, 151_936, "bfloat16")

@@ -9,8 +9,7 @@ pytest.importorskip("matplotlib")
 from bench import plots
 from bench.cases import Case
 from bench.measure import Result
-from bench.readme import committed
-from bench.run import ROOT, Results
+from bench.run import ROOT, Results, committed
 
 CASE = Case("grpo", "logits", tokens=64, vocab=100)
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from bench import reference_memory
+from bench.memory import reference_memory
 
 SIZES = dict(steps=3, sync_every=2, width=64, layers=1, vocab=64, batch=2, length=8)
 SMALL = [f"--{name.replace('_', '-')}={size}" for name, size in SIZES.items()]

@@ -118,7 +118,7 @@ def test_every_variant_is_the_same_library_under_its_own_name(built):
         metadata = json.loads((folder / "metadata.json").read_text())
         assert metadata["backend"] == {"type": folder.name.removeprefix("torch-")}
         names.add(metadata["id"])
-        text = (folder / "ops/logits.py").read_text()
+        text = (folder / "ops/logits/token_logps.py").read_text()
         assert "humanline::" not in text.replace(f"{metadata['id']}::", "")
     assert len(names) == 3
 

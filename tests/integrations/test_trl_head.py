@@ -11,7 +11,8 @@ from trl.kernels import ChunkedLogProbFunction as TheirChunked
 from trl.trainer import utils
 
 import humanline as hl
-from humanline.integrations import trl_head, trl_version
+from humanline.integrations.trl import head as trl_head
+from humanline.integrations.trl import version as trl_version
 
 THEIRS = {
     name: getattr(utils, name)
@@ -233,7 +234,7 @@ def test_unknown_version_is_refused(monkeypatch):
 
 def test_missing_trl_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "trl", None)
-    for name in ("trl_version", "trl_head"):
-        monkeypatch.delitem(sys.modules, f"humanline.integrations.{name}")
+    for name in [n for n in sys.modules if n.startswith("humanline.integrations.trl")]:
+        monkeypatch.delitem(sys.modules, name)
     with pytest.raises(ImportError, match=r"pip install 'humanline\[trl\]'"):
         _ = hl.patch_trl

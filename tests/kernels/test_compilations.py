@@ -38,20 +38,20 @@ from humanline.kernels import (
 )
 
 ROWS = (
-    token_logps._forward,
-    token_logps._backward,
-    token_loss._token_loss,
-    scale._scale,
-    sequence_loss._sequence_loss,
-    head_rows._softmax,
-    head_rows._gradient,
+    token_logps.humanline_token_logps,
+    token_logps.humanline_token_logps_gradient,
+    token_loss.humanline_token_loss,
+    scale.humanline_scale,
+    sequence_loss.humanline_sequence_loss,
+    head_rows.humanline_head_softmax,
+    head_rows.humanline_head_gradient,
 )
 GEMMS = (
-    linear_logps._forward,
-    linear_logps._merge_chunks,
-    linear_logps._gradient,
-    matmul._hidden_gradient,
-    matmul._weight_gradient,
+    linear_logps.humanline_linear_logps,
+    linear_logps.humanline_linear_merge,
+    linear_logps.humanline_linear_gradient,
+    matmul.humanline_matmul_hidden,
+    matmul.humanline_matmul_weight,
 )
 
 

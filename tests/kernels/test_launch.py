@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from humanline.kernels import autotune, launch
+from humanline.kernels import launch
 
 HALF = torch.bfloat16
 
@@ -32,33 +32,3 @@ def test_a_device_with_a_line_takes_it(gpu, monkeypatch):
     monkeypatch.setitem(launch.ROW_WARPS, "sm_90", {10**9: 2})
     gpu("sm_90")
     assert launch.row_config(151_936, HALF, True) == launch.row_tile(2, HALF, True)
-
-
-def test_tuning_is_asked_for(gpu, monkeypatch):
-    asked = []
-
-    def fastest(*arguments):
-        asked.append(arguments)
-        return 16
-
-    monkeypatch.setattr(autotune, "fastest_warps", fastest)
-    monkeypatch.delenv("HUMANLINE_AUTOTUNE", raising=False)
-    gpu("sm_90")
-    plain = launch.row_config(1_000, HALF, True)
-    assert not asked
-    monkeypatch.setenv("HUMANLINE_AUTOTUNE", "1")
-    assert launch.row_config(1_000, HALF, True) == launch.row_tile(16, HALF, True) != plain
-    assert asked == [(1_000, HALF, 0)]
-
-
-def test_the_fastest_is_taken_and_remembered(monkeypatch):
-    tried = []
-
-    def times(vocab, dtype, index):
-        tried.append(vocab)
-        return {4: 0.3, 8: 0.1, 16: 0.2}
-
-    monkeypatch.setattr(autotune, "time_warps", times)
-    autotune.fastest_warps.cache_clear()
-    assert [autotune.fastest_warps(77, HALF, 0) for _ in range(2)] == [8, 8] and tried == [77]
-    autotune.fastest_warps.cache_clear()

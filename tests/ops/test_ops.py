@@ -7,10 +7,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import humanline as hl
-import humanline.ops.logits
+import humanline.ops.logits.token_logps
 from humanline.ops.backend import interpreting
-from humanline.ops.logits import _token_logps, _token_logps_backward
-from humanline.ops.logits_objective import _scale_, _token_loss
+from humanline.ops.logits.objective import _scale_, _token_loss
+from humanline.ops.logits.token_logps import _token_logps, _token_logps_backward
 from humanline.ops.whole_batch import _sequence_loss
 
 V, H = 13, 6
@@ -225,7 +225,7 @@ NO_VALUES = [  # objective and batch arguments, on a device whose tensors hold n
 @pytest.mark.parametrize("objective, shapes", NO_VALUES, ids=lambda x: type(x).__name__)
 def test_from_logits_with_kernels_reads_nothing_back(objective, shapes, packed, monkeypatch):
     """A value read on the host would stall a GPU and forbid a CUDA graph: here it cannot be had."""
-    for module in (humanline.ops, humanline.ops.logits):
+    for module in (humanline.ops, humanline.ops.logits.token_logps):
         monkeypatch.setattr(module, "choose_backend", lambda *_: "triton")
     rows = (10,) if packed else (2, 5)
     shapes = {name: rows if shape == (2, 5) else shape for name, shape in shapes.items()}

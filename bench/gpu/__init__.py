@@ -1,0 +1,1 @@
+"""What `gpu.sh` asks of a GPU."""

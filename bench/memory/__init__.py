@@ -1,0 +1,1 @@
+"""How long a sequence, and how many references, a memory holds."""

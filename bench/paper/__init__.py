@@ -1,0 +1,1 @@
+"""What the loss tail should cost, from shapes and devices."""

@@ -1,0 +1,361 @@
+"""What each way to compute the loss tail multiplies, moves and holds on one device: what
+bench/paper/model.py predicts from. A function a peer of bench/peers.py, named as there.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from bench.cases import SEQUENCES, Case
+from humanline.ops import WORKSPACE_BYTES
+from humanline.ops.hidden.blocks import comfortable_rows, stacked_rows
+from humanline.ops.logits.blocks import BLOCK_BYTES
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A launch, or a chain of passes over the same logits.
+
+    Attributes:
+        flops: multiplied.
+        bytes: read and written.
+        wide: multiplied in float32, whatever the inputs' dtype.
+    """
+
+    flops: float
+    bytes: float
+    wide: bool = False
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Forward and backward.
+
+    Attributes:
+        gemms: the products of hidden states, head and logits.
+        passes: what moves logits beside them.
+        peak: the highest sum of what is allocated beside the inputs, gradients included; bytes.
+    """
+
+    gemms: list[Kernel]
+    passes: list[Kernel]
+    peak: float
+
+
+@dataclass(frozen=True)
+class Tail:
+    """The loss tail of ``rows × vocab`` logits of a case on one device."""
+
+    case: Case
+    rows: float
+    vocab: float
+    is_cpu: bool
+    workspace: int = WORKSPACE_BYTES
+
+    @property
+    def b(self) -> int:
+        """Bytes an element of the inputs."""
+        return self.case.torch_dtype.itemsize
+
+    @property
+    def half(self) -> bool:
+        return self.b < 4
+
+    @property
+    def widened(self) -> int:
+        """Bytes that a copy in float32, or back from it, moves an element; 0 where none is made."""
+        return (self.b + 4) * self.half
+
+    @property
+    def from_logits(self) -> bool:
+        return self.case.entry == "logits"
+
+    @property
+    def trained(self) -> bool:
+        """Whether the head's weight takes a gradient."""
+        return not self.case.frozen_head
+
+    @property
+    def logits(self) -> float:
+        return self.rows * self.vocab
+
+    @property
+    def hidden(self) -> float:
+        return self.rows * self.case.hidden
+
+    @property
+    def weight(self) -> float:
+        return self.vocab * self.case.hidden
+
+    @property
+    def gradients(self) -> float:
+        """Bytes of those of hidden states and weight."""
+        return (self.hidden + self.weight * self.trained) * self.b
+
+    @property
+    def sequence(self) -> float:
+        """Rows of one."""
+        return self.rows / SEQUENCES
+
+    @property
+    def group(self) -> float:
+        """Rows that depend on one another: of a pair or a sequence; 0 where none do."""
+        return {"dpo": 2, "kto": 1}.get(self.case.objective, 0) * self.sequence
+
+    def product(
+        self, a_logit: float, a_weight: float, at_once=math.inf, share=1.0, wide=False
+    ) -> Kernel:
+        """A GEMM over a share of all rows, so many at a time.
+
+        Args:
+            a_logit: bytes it moves for each of its logits.
+            a_weight: bytes it moves for each of the head's elements, every time.
+        """
+        times = max(math.ceil(self.rows * share / at_once), 1)
+        moved = self.logits * share * a_logit + self.weight * a_weight * times
+        return Kernel(2 * self.logits * self.case.hidden * share, moved, wide)
+
+    def moved(self, *a_logit: float) -> list[Kernel]:
+        """Passes over all logits, each moving so many bytes of one."""
+        return [Kernel(0, self.logits * x) for x in a_logit if x]
+
+
+COSTS: dict[str, Callable[[Tail], Cost]] = {}
+
+
+def _cost(name: str):
+    def register(function):
+        COSTS[name] = function
+        return function
+
+    return register
+
+
+# All logits at once
+
+
+def _products(t: Tail, share: float = 1.0) -> list[Kernel]:
+    """Logits and, of a share of the rows, both gradients."""
+    backward = t.product(t.b, t.b, share=share)
+    return [t.product(t.b, t.b)] + [backward] * (1 + t.trained)
+
+
+def _from_all_logits(t: Tail, passes: Iterable[float], held: float) -> Cost:
+    """The softmax's passes, and the bytes a logit it holds at once."""
+    if t.from_logits:
+        return Cost([], t.moved(*passes), t.logits * held)
+    peak = max(t.logits * held, t.logits * t.b + t.gradients)
+    return Cost(_products(t), t.moved(*passes), peak)
+
+
+@_cost("bare copy")
+def bare_copy(t: Tail) -> Cost:
+    return Cost([], t.moved(2 * t.b), t.logits * t.b)
+
+
+@_cost("bare GEMMs")
+def bare_gemms(t: Tail) -> Cost:
+    return Cost(_products(t), [], t.logits * t.b + t.gradients)
+
+
+@_cost("bare GEMMs, active rows")
+def bare_active_gemms(t: Tail) -> Cost:
+    share = t.case.active
+    unneeded = t.hidden * (1 - share) * t.b
+    return Cost(_products(t, share), [], t.logits * t.b + t.gradients - unneeded)
+
+
+@_cost("eager")
+def eager(t: Tail) -> Cost:
+    """A float32 copy, log_softmax, its backward, the way back; at once the log-probs, their
+    gradient, and that of what they came from."""
+    return _from_all_logits(t, [t.widened, 8, 12, t.widened], 12)
+
+
+@_cost("torch.compile")
+def compiled(t: Tail) -> Cost:
+    """Read twice, then read and written."""
+    return _from_all_logits(t, [2 * t.b, 2 * t.b], t.b + 4)
+
+
+@_cost("TRL selective_log_softmax")
+def trl_selective(t: Tail) -> Cost:
+    """Read; read again, the gradient written. On CPUs in torch."""
+    if t.from_logits:
+        held = 2 * t.b if t.is_cpu else t.b
+    else:
+        held = 2 * t.b if t.half else 3 * t.b
+    return _from_all_logits(t, [t.b, 2 * t.b], held)
+
+
+# Some logits at a time
+
+
+@_cost("TRL ChunkedLogProbFunction")
+def trl_chunked(t: Tail) -> Cost:
+    """Tiles of logits, formed again in the backward. On CPUs its kernels are torch, with seven
+    floats a logit of a tile, and the gradients' products float32."""
+    rows, columns = 4096, 32768
+    tile = min(t.rows, rows) * min(t.vocab, columns)
+    forward = t.product(t.b, t.b, rows)
+    of_hidden, of_weight = (
+        t.product(t.b, a_weight, rows, wide=t.half and t.is_cpu) for a_weight in (t.b, 8)
+    )
+    passes = [t.b, 2 * t.b]
+    if t.is_cpu:  # statement by statement
+        passes = [t.widened + 8 + 8 + 4 + 8 + 8 + 4, t.widened + 94 + t.b, 2 * t.widened]
+    return Cost(
+        [forward] * 2 + [of_hidden] + [of_weight] * t.trained,
+        t.moved(*passes),
+        tile * (t.b + 28 * t.is_cpu) + 4 * (t.hidden + t.weight * t.trained),
+    )
+
+
+@_cost("Liger chunked")
+def liger_chunked(t: Tail) -> Cost:
+    return (_liger_grpo if t.case.objective == "grpo" else _liger_preference)(t)
+
+
+def _liger_grpo(t: Tail) -> Cost:
+    """A sequence at a time, in tiles of logits; the backward forms them again and multiplies in
+    float32. The sum over sequences has the weight's dtype, each one's share of it is float32.
+    """
+    tile = 4 * min(t.sequence, 2048) * min(t.vocab, 4096)
+    forward = t.product(t.b, t.b, t.sequence)
+    of_hidden = t.product(4, t.b + 4 + 4, t.sequence, wide=True)
+    # zeros, a product, added; narrowed; added
+    of_weight = t.product(4, 4 + 16 + t.widened + 3 * t.b, t.sequence, wide=True)
+    share = t.weight * t.trained
+    return Cost(
+        [forward] * 2 + [of_hidden] + [of_weight] * t.trained,
+        t.moved(t.widened + 8 + 4 + 8 + 8 + 4, t.widened + 8 + 8 + 8 + 8 + 8),
+        (t.hidden + share) * t.b + share * 4 + max(5 * tile, share * t.b * t.half),
+    )
+
+
+def _liger_preference(t: Tail) -> Cost:
+    """A pair of sequences at a time, or one for KTO, and the reference's logits too; compiled."""
+    forward, of_weight = (t.product(t.b, a_weight, t.group) for a_weight in (t.b, 4 * t.b))
+    logits = t.group * t.vocab * t.b
+    share = t.weight * t.b * t.trained
+    return Cost(
+        [forward] * 3 + [of_weight] * t.trained,
+        t.moved(2 * t.b, 2 * t.b, 2 * t.b),
+        t.gradients + max(3 * logits, logits + share),
+    )
+
+
+@_cost("torch linear_cross_entropy")
+def torch_linear_cross_entropy(t: Tail) -> Cost:
+    """Blocks no larger than the hidden states. On CPUs narrow inputs are multiplied in float32,
+    with such a share of the weight's gradient. Autograd copies the gradients of the forward.
+    """
+    wide = t.half and t.is_cpu
+    as_hidden = 2 ** math.ceil(math.log2(max(t.hidden / t.vocab, 1)))
+    rows = max(as_hidden // (1 if wide else 2), 1)
+    forward = t.product(4, t.b, rows, wide=wide)
+    of_weight = t.product(4, 2 * t.b + 8 * wide, rows, wide=wide)
+    block = rows * t.vocab * 4
+    scratch = 8 * t.weight * t.trained * wide  # and the weight
+    return Cost(
+        [forward] * 2 + [of_weight] * t.trained,
+        t.moved(4, 8, 12, 8),
+        t.gradients + max(t.gradients, block + scratch),
+    )
+
+
+# humanline
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """How humanline divides the rows from hidden states.
+
+    Attributes:
+        rows: of a block, whose logits are formed together.
+        waiting: of several blocks, whose gradient is multiplied together (ops/head_gradients.py);
+            0 if each block's is by itself.
+        again: whether logits are formed only for their gradient, once it is known; the log-probs
+            come from a first pass, see ops/linear_objective.py.
+    """
+
+    rows: float
+    waiting: float = 0
+    again: bool = False
+
+
+def _fitting(t: Tail) -> int:
+    """Rows whose logits, with a copy where the gradient does not overwrite them, fit."""
+    return int(t.workspace / (t.vocab * (4 + 4 * (t.half and t.is_cpu))))
+
+
+def _blocks(t: Tail) -> Blocks:
+    """Those of an objective."""
+    fitting = _fitting(t)
+    if t.group and t.rows <= fitting:
+        return Blocks(t.rows)
+    if t.group > fitting:
+        return _blocks_of_logps(t)
+    rows = comfortable_rows(fitting, t.is_cpu)
+    block, waiting = stacked_rows(int(t.vocab), t.b, t.workspace)
+    if t.is_cpu or not t.trained or t.rows <= rows or t.group > block:
+        return Blocks(min(t.rows, max(t.group, rows)))
+    return Blocks(block, waiting)
+
+
+def _blocks_of_logps(t: Tail) -> Blocks:
+    """Those of log-probs alone. With a frozen head the gradient for each is formed with it, of
+    all rows."""
+    fitting = _fitting(t)
+    if t.trained and not t.is_cpu:  # the GEMM that forms logits again writes their gradient
+        fitting = int(t.workspace / (t.vocab * t.b))
+    return Blocks(min(t.rows, comfortable_rows(fitting, t.is_cpu)), again=t.trained)
+
+
+@_cost("humanline, log-probs alone")
+def our_logps(t: Tail) -> Cost:
+    if t.from_logits:
+        return _ours_from_logits(t, fused=False)
+    return _ours_from_hidden(t, _blocks_of_logps(t), t.case.active if t.trained else 1)
+
+
+@_cost("humanline")
+def ours(t: Tail) -> Cost:
+    if t.from_logits:
+        return _ours_from_logits(t, fused=not t.group)
+    return _ours_from_hidden(t, _blocks(t), t.case.active)
+
+
+def _ours_from_logits(t: Tail, fused: bool) -> Cost:
+    """In one launch a row's second read finds it on the chip."""
+    passes = [2 * t.b] if fused else [t.b, t.b * (t.case.active + 1)]
+    float32 = 2 * BLOCK_BYTES * (t.is_cpu and t.half)  # a block's logits and gradient
+    return Cost([], t.moved(*passes), t.logits * t.b + float32)
+
+
+def _ours_from_hidden(t: Tail, blocks: Blocks, share: float) -> Cost:
+    """The sum over rows for the weight is float32, read and written for all that wait.
+
+    Args:
+        share: of the rows whose gradient is multiplied.
+    """
+    fused = blocks.again and not t.is_cpu  # into the GEMMs, which write no logits
+    at_once = blocks.waiting or blocks.rows
+    of_hidden, of_weight = (t.product(t.b, w, at_once, share) for w in (t.b, 8))
+    forward = t.product(0, t.b) if fused else t.product(4, t.b, blocks.rows)
+    summed = t.weight * 4 * (t.half and t.trained)
+    backward = t.gradients + summed + t.vocab * _bytes_a_column(t, blocks, share)
+    return Cost(
+        [forward] + [of_hidden] * (1 + blocks.again) + [of_weight] * t.trained,
+        [] if fused else t.moved(4, (4 + t.b) * share),
+        max(backward, t.vocab * blocks.rows * 4 * (not fused)),
+    )
+
+
+def _bytes_a_column(t: Tail, blocks: Blocks, share: float) -> float:
+    """Of logits in float32 and of their gradient, at once, while gradients are summed."""
+    copied = t.is_cpu and t.half  # for the GEMMs; a GPU's kernels write it where the logits were
+    if blocks.again:  # blocks of their own, of rows with a gradient alone
+        rows = min(blocks.rows, t.rows * share)
+        return rows * (4 + t.b * copied if t.is_cpu else t.b)
+    return blocks.rows * (4 + t.b * share * copied) + blocks.waiting * t.b

@@ -1,0 +1,212 @@
+"""What a humanline trainer refuses, before anything runs, and why."""
+
+import reprlib
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+from trl import DPOTrainer, KTOTrainer
+from trl.data_utils import is_conversational
+
+from humanline.checks import require
+from humanline.integrations.trl.head import causal_model, is_adapted, require_plain_lora
+from humanline.reference import REFERENCES
+
+#: Options that contradict humanline: the value they must have, and why.
+CONTRADICTIONS = {
+    "precompute_ref_log_probs": (False, "the reference is synced, so its log-probs do not keep"),
+    "sync_ref_model": (
+        False,
+        "TRL syncs after the optimizer step and mixes; humanline syncs before it, see sync_every",
+    ),
+    "off_policy_mask_threshold": (
+        None,
+        "it drops sequences by their drift from the sampler, and the ratio is to the reference",
+    ),
+}
+
+
+def check_options(args: Any) -> None:
+    """Raise ValueError if an option of TRL's contradicts humanline."""
+    for name, (wanted, reason) in CONTRADICTIONS.items():
+        value = getattr(args, name, wanted)
+        require(
+            value == wanted,
+            f"{name}={value!r} contradicts humanline: {reason}. Set {name}={wanted!r}",
+        )
+    require(
+        not (getattr(args, "use_vllm", False) and args.vllm_importance_sampling_correction),
+        "vllm_importance_sampling_correction=True contradicts humanline: it corrects from the "
+        "sampler to the old policy, and the ratio is to the synced reference. Set it to False",
+    )
+
+
+# Data
+
+
+def datasets_of(arguments: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Names and datasets among a trainer's arguments; other types are TRL's to refuse.
+
+    Whatever is not of the ``datasets`` library has no ``column_names``.
+    """
+    for name in ("train_dataset", "eval_dataset"):
+        given = arguments.get(name)
+        parts = given.items() if isinstance(given, dict) else [(None, given)]
+        for part, dataset in parts:
+            if hasattr(dataset, "column_names"):
+                yield name if part is None else f"{name}[{part!r}]", dataset
+
+
+def check_columns(arguments: Mapping[str, Any], *layouts: tuple[str, ...]) -> None:
+    """Raise ValueError unless each dataset has the columns of one of the layouts.
+
+    Args:
+        arguments: the trainer's, by name.
+        layouts: columns, the usual ones first; messages speak of those.
+    """
+    for name, dataset in datasets_of(arguments):
+        row = first_row(dataset)
+        require(len(row) > 0, f"{name} is empty")
+        missing = [column for column in layouts[0] if column not in row]
+        require(
+            any(set(layout) <= row.keys() for layout in layouts),
+            f"{name} lacks {', '.join(missing)}: it needs "
+            f"{' or '.join(', '.join(layout) for layout in layouts)}. Its first row is "
+            f"{_brief(row)}",
+        )
+
+
+def first_row(dataset: Any) -> Mapping[str, Any]:
+    """The first row; empty where there is none. A stream need not know its columns otherwise."""
+    return next(iter(dataset), {}) if hasattr(dataset, "column_names") else {}
+
+
+def _brief(row: Mapping[str, Any]) -> str:
+    return "{" + ", ".join(f"{key!r}: {reprlib.repr(value)}" for key, value in row.items()) + "}"
+
+
+def check_chat_template(processing_class: Any, row: Mapping[str, Any], name: str) -> None:
+    """Raise ValueError if the data are chats and the tokenizer has no template for them."""
+    require(
+        not is_conversational(row) or getattr(processing_class, "chat_template", None) is not None,
+        lambda: (
+            f"{name} holds chat messages, and {type(processing_class).__name__} has no chat "
+            "template: set processing_class.chat_template, or pass prompts and completions as "
+            f"strings. Its first row is {_brief(row)}"
+        ),
+    )
+
+
+# Model and trainer
+
+
+def check_instance(trainer: Any, mixin: type | None, mixins: Mapping[type, type]) -> None:
+    """Raise unless the trainer is one that can be turned into a humanline one."""
+    require(
+        mixin is not None,
+        lambda: (
+            f"apply_humanline knows {', '.join(base.__name__ for base in mixins)} and their "
+            f"subclasses, got {type(trainer).__name__}"
+        ),
+        error=TypeError,
+    )
+    require(
+        getattr(trainer, "perception", None) is None,
+        lambda: f"{type(trainer).__name__} has humanline already",
+    )
+
+
+def check_model(trainer: Any, kind: str, ref_given: bool) -> None:
+    """Raise ValueError unless model and reference can be what humanline needs.
+
+    Args:
+        trainer: TRL's, built.
+        kind: of the reference.
+        ref_given: whether the trainer's ``ref_model`` is the caller's, not one that TRL loaded.
+    """
+    require(
+        kind in REFERENCES,
+        lambda: f"unknown reference {kind!r}; known: {', '.join(REFERENCES)}",
+    )
+    plugin = trainer.accelerator.state.deepspeed_plugin
+    require(
+        not trainer.is_fsdp_enabled and (plugin is None or plugin.zero_stage < 3),
+        "the model's parameters are sharded (FSDP or DeepSpeed ZeRO-3), and TRL shards its "
+        "reference differently: a reference cannot be copied from the policy; use DDP or ZeRO-2",
+    )
+    require(
+        kind == "copy" or not ref_given,
+        lambda: (
+            f'reference="{kind}" begins with the policy as it is, whatever sync_every: only '
+            'reference="copy" can begin with another model. Leave ref_model out, or set '
+            'reference="copy"'
+        ),
+    )
+    if kind == "lookahead":
+        _check_lookahead(trainer)
+    _check_head(causal_model(trainer.model), trainer.args)
+
+
+def _check_lookahead(trainer: Any) -> None:
+    require(
+        isinstance(trainer, DPOTrainer | KTOTrainer),
+        lambda: (
+            f'reference="lookahead" needs batches that exist before their step, and '
+            f'{type(trainer).__name__} makes its own: use "copy" or "adapter"'
+        ),
+    )
+    require(
+        trainer.args.eval_strategy == "no",
+        lambda: (
+            f'reference="lookahead" holds no weights to score an evaluation with, and '
+            f'eval_strategy is {str(trainer.args.eval_strategy)!r}: use "copy" or "adapter"'
+        ),
+    )
+    require(
+        trainer.accelerator.num_processes == 1 and not trainer._is_vision_dataset,
+        'reference="lookahead" works on text in one process: use "copy" or "adapter"',
+    )
+
+
+def _check_head(model: nn.Module, args: Any) -> None:
+    head = model.get_output_embeddings()
+    adapted = is_adapted(head)
+    if adapted:
+        require_plain_lora(head)
+        require(
+            not getattr(args, "cast_lm_head_to_fp32", False),
+            "cast_lm_head_to_fp32=True cannot be had with an adapter on the output head",
+        )
+    weight = getattr(head, "weight", None)
+    require(
+        weight is not None
+        and weight.dim() == 2
+        and weight.is_floating_point()
+        and model.base_model is not model,
+        lambda: (
+            f"{type(model).__name__} has no separable output head: looked for a floating-point "
+            "weight [vocab, hidden] at get_output_embeddings().weight (found "
+            f"{None if weight is None else f'{weight.dtype} {list(weight.shape)}'}) and for the "
+            f"body that gives its hidden states at base_model (base_model_prefix="
+            f"{model.base_model_prefix!r}, found "
+            f"{'the model itself' if model.base_model is model else 'it'})"
+        ),
+    )
+
+
+@contextmanager
+def adapter_on_head_allowed(trainer: type) -> Iterator[None]:
+    """Within this context TRL builds trainers of models with an adapter on the output head.
+
+    It refuses them because its fused head reads the base's weight; ours does not.
+    """
+    theirs = next(base for base in trainer.__mro__ if base.__module__.startswith("trl."))
+    module = sys.modules[theirs.__module__]
+    original = module.BaseTunerLayer
+    module.BaseTunerLayer = type("Nothing", (), {})
+    try:
+        yield
+    finally:
+        module.BaseTunerLayer = original

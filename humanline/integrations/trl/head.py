@@ -1,0 +1,294 @@
+"""TRL's log-prob kernels, swapped for humanline's.
+
+TRL scores tokens in two ways. From hidden states, with a "fused LM head" that it adds to a model's
+forward, which calls ``ChunkedLogProbFunction``; from logits, with three functions that its trainers
+import by name. :func:`patch_trl` swaps all of them in trainers that know nothing of humanline;
+:func:`fused_head` swaps the first alone, for humanline's own trainers.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import cache, partial
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+from humanline.integrations.trl.version import require_known_trl  # first: says if TRL is missing
+
+# isort: split
+import torch
+from torch import Tensor, nn
+from trl.trainer import utils
+
+from humanline.checks import require
+from humanline.ops import WORKSPACE_BYTES, linear_token_logps, token_logps
+from humanline.rows import IGNORE_INDEX
+
+# TRL's own, taken before anything is swapped.
+_selective_log_softmax = utils.selective_log_softmax
+
+
+# From logits
+
+
+def selective_log_softmax(
+    logits: Tensor, index: Tensor, temperature: float = 1.0, row_mask: Tensor | None = None
+) -> Tensor:
+    """TRL's function of that name. Several tokens a row (top-K) are left to TRL."""
+    if index.dim() == logits.dim():
+        return _selective_log_softmax(logits, index, temperature, row_mask)
+    return token_logps(logits, _masked(index, row_mask), temperature)
+
+
+def selective_log_softmax_and_entropy(
+    logits: Tensor,
+    index: Tensor,
+    entropy_requires_grad: bool = True,
+    temperature: float = 1.0,
+    row_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """TRL's function of that name."""
+    labels = _masked(index, row_mask)
+    logps, entropy = token_logps(logits, labels, temperature, return_entropy=True)
+    return logps, entropy if entropy_requires_grad else entropy.detach()
+
+
+def entropy_from_logits(logits: Tensor, chunk_size: int = 128) -> Tensor:
+    """TRL's function of that name; rows come in blocks of humanline's own size."""
+    any_label = torch.zeros(logits.shape[:-1], dtype=torch.long, device=logits.device)
+    return token_logps(logits, any_label, return_entropy=True)[1]
+
+
+def _masked(index: Tensor, row_mask: Tensor | None) -> Tensor:
+    return index if row_mask is None else index.masked_fill(row_mask == 0, IGNORE_INDEX)
+
+
+# From hidden states
+
+
+class ChunkedLogProbFunction:
+    """Stands in for TRL's autograd function of that name."""
+
+    def __init__(self, only: tuple[str, ...] | None = None, entropy_gradient: bool = True):
+        self.only, self.entropy_gradient = only, entropy_gradient
+
+    def apply(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        temperature: float,
+        chunk_size: int,
+        final_logit_softcapping: float | None = None,
+        logit_scale: float = 1.0,
+        outputs: tuple[str, ...] = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1"),
+    ) -> tuple[Tensor | None, ...]:
+        """Log-probs ``[N]`` of ``targets [N]`` and the statistics in ``outputs``; else None.
+
+        Args: TRL's; ``hidden [N, H]``, ``weight [V, H]``, ``bias [V]``.
+        """
+        asked = set(outputs) if self.only is None else set(outputs) & set(self.only)
+        wanted = [name for name in STATISTICS if name in asked]
+        with_entropy = "entropy" in wanted and self.entropy_gradient
+        if with_entropy:
+            wanted.remove("entropy")
+        seen = {name: _empty(name, targets) for name in wanted}
+
+        def observe(index: Tensor, logits: Tensor) -> None:
+            for name, values in seen.items():
+                values[index] = STATISTICS[name](logits, targets[index]).to(values.dtype)
+
+        result = linear_token_logps(
+            hidden,
+            weight.to(hidden.dtype),
+            targets,
+            None if bias is None else bias.to(hidden.dtype),
+            temperature,
+            logit_scale=logit_scale,
+            logit_softcap=final_logit_softcapping,
+            return_entropy=with_entropy,
+            observe=observe if seen else None,
+            # Statistics take up to two buffers of a block's size.
+            workspace_bytes=WORKSPACE_BYTES // (3 if seen else 1),
+        )
+        logps = result
+        if with_entropy:
+            logps, seen["entropy"] = result
+        return logps, *(seen.get(name) for name in STATISTICS)
+
+
+def _entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    p = logits.softmax(-1)
+    return torch.special.entr(p, out=p).sum(-1)
+
+
+@cache  # the same object each time: torch.compile guards on what a global holds
+def _function(only: tuple[str, ...] | None, entropy_gradient: bool) -> ChunkedLogProbFunction:
+    return ChunkedLogProbFunction(only, entropy_gradient)
+
+
+def _log_sum_sq_probs(logits: Tensor, targets: Tensor) -> Tensor:
+    return (2 * logits).logsumexp(-1) - 2 * logits.logsumexp(-1)
+
+
+#: Statistics of a block of logits ``[n, V]``, in the order in which TRL's function returns them.
+STATISTICS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "entropy": _entropy,
+    "log_sum_sq_probs": _log_sum_sq_probs,
+    "mean_logits": lambda logits, targets: logits.mean(-1),
+    "is_top1": lambda logits, targets: logits.argmax(-1) == targets,
+}
+
+
+def _empty(name: str, targets: Tensor) -> Tensor:
+    dtype = torch.bool if name == "is_top1" else torch.float32
+    return torch.zeros(targets.shape, dtype=dtype, device=targets.device)
+
+
+# Swapping
+
+_BY_NAME = (selective_log_softmax, selective_log_softmax_and_entropy, entropy_from_logits)
+
+
+def patch_trl() -> ExitStack:
+    """Let TRL's trainers compute log-probs and entropies with humanline's kernels.
+
+    Works as a function, until ``.close()`` of what it returns, and as a context manager::
+
+        with patch_trl():
+            trainer.train()
+
+    Where TRL is patched already it does nothing, neither now nor at its end.
+
+    Raises:
+        ImportError: this version of TRL is not one whose functions are known.
+    """
+    require_known_trl()
+    patch = ExitStack()
+    for ours in _BY_NAME:
+        theirs = getattr(utils, ours.__name__)
+        if theirs is not ours:
+            _replace(theirs, ours)
+            patch.callback(_replace, ours, theirs)
+    if not isinstance(utils._ChunkedLogProbFunction, ChunkedLogProbFunction):
+        patch.callback(_swap_head(ChunkedLogProbFunction()))
+    return patch
+
+
+@contextmanager
+def fused_head(
+    model: nn.Module, only: tuple[str, ...] | None = None, entropy_gradient: bool = True
+) -> Iterator[None]:
+    """Within this context TRL's fused LM head is humanline's, and sees an adapter on the head.
+
+    Args:
+        model: the model that is called, perhaps a PEFT one.
+        only: the statistics to compute if asked for; None for all that are asked for.
+        entropy_gradient: whether the loss differentiates the entropy. If it does not, a frozen
+            head costs two GEMMs.
+    """
+    undo = _swap_head(_function(only, entropy_gradient))
+    try:
+        with _adapted(causal_model(model)):
+            yield
+    finally:
+        undo()
+
+
+def _replace(old: Any, new: Any) -> None:
+    """In every module of TRL: ``from .utils import name`` has made copies of the name."""
+    for module_name, module in list(sys.modules.items()):
+        if module_name.split(".")[0] == "trl" and isinstance(module, ModuleType):
+            for name, value in list(vars(module).items()):
+                if value is old:
+                    setattr(module, name, new)
+
+
+def _swap_head(function: ChunkedLogProbFunction) -> Callable[[], None]:
+    """Put ``function`` in place of TRL's and return what takes it back.
+
+    ``_use_triton``, since TRL 1.16, decides whether masked rows are dropped before the call: ours
+    wants that on every device.
+    """
+    ours = {"_ChunkedLogProbFunction": function, "_use_triton": _drop_masked_rows}
+    theirs = {name: getattr(utils, name) for name in ours if hasattr(utils, name)}
+
+    def put(values: dict[str, Any]) -> None:
+        for name in theirs:
+            setattr(utils, name, values[name])
+
+    put(ours)
+    return partial(put, theirs)
+
+
+def _drop_masked_rows(device: torch.device) -> bool:
+    return True
+
+
+# An adapter on the output head
+
+
+def causal_model(model: nn.Module) -> nn.Module:
+    """The model itself, or the one inside a PEFT model: where TRL puts its fused head."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+@contextmanager
+def _adapted(model: nn.Module) -> Iterator[None]:
+    """TRL's fused head reads ``lm_head.weight``, which under a LoRA adapter is the base's. Within
+    this context it is ``W + scaling · B A``, with gradient to A and B."""
+    head = model.get_output_embeddings()
+    if not is_adapted(head):
+        yield
+        return
+    # Looked up by TRL at each call: the adapter may be another by then, or switched off.
+    model.get_output_embeddings = lambda: SimpleNamespace(
+        weight=_effective_weight(head), bias=head.base_layer.bias
+    )
+    try:
+        yield
+    finally:
+        del model.get_output_embeddings
+
+
+def is_adapted(head: nn.Module | None) -> bool:
+    """Whether a PEFT layer wraps the output head."""
+    return hasattr(head, "base_layer") and hasattr(head, "active_adapters")
+
+
+def require_plain_lora(head: nn.Module) -> None:
+    """Raise unless :func:`fused_head` can do the adapter on this head.
+
+    Raises:
+        ValueError: an adapter that is not ``W + scaling · B A`` of fixed inputs.
+    """
+    dropout = [
+        layer.p for layer in getattr(head, "lora_dropout", {}).values() if hasattr(layer, "p")
+    ]
+    variants = getattr(head, "lora_variant", {})
+    require(
+        hasattr(head, "lora_A") and hasattr(head, "get_delta_weight") and not variants,
+        lambda: (
+            f"the adapter on the output head is {type(head).__name__}"
+            f"{' with a variant such as DoRA' if variants else ''}: only plain LoRA can be folded "
+            "into the fused head; leave the head out of target_modules, or use modules_to_save"
+        ),
+    )
+    require(
+        not any(dropout),
+        lambda: (
+            f"the LoRA adapter on the output head has dropout {max(dropout)}, which cannot be "
+            "folded into the weight: set lora_dropout=0, or disable_dropout=True"
+        ),
+    )
+
+
+def _effective_weight(head: nn.Module) -> Tensor:
+    weight = head.base_layer.weight
+    if head.disable_adapters or head.merged:
+        return weight
+    for adapter in head.active_adapters:
+        if adapter in head.lora_A:
+            weight = weight + head.get_delta_weight(adapter)
+    return weight

@@ -1,0 +1,208 @@
+"""What makes a TRL trainer a humanline one, without a copy of any of its code.
+
+TRL's losses are functions of "policy minus reference". Each mixin hands them such log-probs that
+this difference is the perceived one, with its gradient: all loss types, weights and metrics come
+along. Sync, checkpoints and the fused head are what the trainers share.
+"""
+
+from collections.abc import Callable
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.logging import get_logger
+from torch import Tensor, nn
+from transformers import TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from trl.trainer.utils import FusedCausalLMOutput
+
+from humanline.checks import require
+from humanline.integrations.perceived import perceived_log_ratio, share
+from humanline.integrations.trl import checks
+from humanline.integrations.trl.head import fused_head
+from humanline.perception import Perception
+from humanline.reference import Reference
+
+logger = get_logger(__name__)
+
+STATE = "humanline_reference.pt"
+
+
+class HumanlineMixin:
+    """Shared by all trainers. Where ``humanline`` is off, TRL's code runs, and nothing else."""
+
+    #: How log-ratios are perceived; None where humanline is off.
+    perception: Perception | None = None
+    reference: Reference | None = None
+
+    @property
+    def humanline(self) -> bool:
+        """Whether the loss perceives its log-ratios."""
+        return self.perception is not None
+
+    def perceived(self, logps: Tensor, ref_logps: Tensor, mask: Tensor) -> Tensor:
+        """Perceived log-ratios ``c``, row-shaped and 0 outside ``mask``; counts the unclamped."""
+        c, *self._unclamped = perceived_log_ratio(self.perception, logps, ref_logps, mask)
+        return c
+
+    @contextmanager
+    def _perceiving(self):
+        """Around TRL's computation of a loss."""
+        model = self.accelerator.unwrap_model(self.model)
+        with fused_head(model, entropy_gradient=getattr(self, "_entropy_bonus_enabled", False)):
+            yield
+        mode = "train" if self.model.training else "eval"
+        counts = (self.accelerator.gather(x).sum() for x in self._unclamped)
+        self._metrics[mode]["humanline/unclamped"].append(share(*counts).item())
+        if mode == "train" and self.is_deepspeed_enabled and self.accelerator.sync_gradients:
+            # DeepSpeed steps inside backward(): this is the last moment before it.
+            self.reference.before_step()
+
+    # Checkpoints: the reference goes first, so that a folder with a trainer state has one.
+
+    def _save_checkpoint(self, model, trial):
+        if self.humanline and self.args.should_save and not self.args.save_only_model:
+            name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            folder = Path(self._get_output_dir(trial=trial)) / name
+            folder.mkdir(parents=True, exist_ok=True)
+            torch.save(self.reference.state_dict(), folder / STATE)
+        super()._save_checkpoint(model, trial)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self.humanline and checkpoint is not None:
+            path = Path(checkpoint) / STATE
+            require(
+                path.is_file(),
+                lambda: (
+                    f"{checkpoint} holds no {STATE}: it was not written by a humanline trainer, so "
+                    "the reference at that step is not known; train from its weights instead"
+                ),
+            )
+            state = torch.load(path, map_location=self.accelerator.device, weights_only=True)
+            self.reference.load_state_dict(state)
+
+
+class SyncBeforeStep(TrainerCallback):
+    """Tells the reference that gradients are accumulated and clipped, the optimizer about to step.
+
+    Not for DeepSpeed, which steps inside ``backward``, before this: see ``_perceiving``.
+    """
+
+    def __init__(self, reference: Reference):
+        self.reference = reference
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self.reference.before_step()
+
+
+class PreferenceMixin(HumanlineMixin):
+    """DPO and KTO. They call policy and reference as models: ``lp − ref`` is all their losses see.
+
+    The reference's log-probs become ``lp − c``, with gradient: then ``lp − ref`` is ``c``, and
+    terms in ``lp`` alone (the "sft" loss, WPO's weights) are untouched. What is not in the paper:
+    an f-divergence is taken of the perceived sequence ratio, and LD-DPO weights tokens once they
+    are perceived.
+    """
+
+    def _compute_loss(self, model, inputs, *args, **kwargs):
+        if not self.humanline:
+            return super()._compute_loss(model, inputs, *args, **kwargs)
+        policy = Remembered(model)
+        reference = partial(self._call_reference, policy, self._ref_logps_of(inputs))
+        with self._reference_as(reference), self._perceiving():
+            return super()._compute_loss(policy, inputs, *args, **kwargs)
+
+    def _call_reference(
+        self, policy: "Remembered", ref_logps_of: Callable[[dict], Tensor], **kwargs: Any
+    ) -> FusedCausalLMOutput:
+        """Stands in for TRL's call of its reference model."""
+        outputs = policy.outputs_of(kwargs["input_ids"])
+        with torch.enable_grad():  # TRL calls its reference without
+            c = self.perceived(outputs.log_probs, ref_logps_of(kwargs), outputs.label_mask)
+            return FusedCausalLMOutput(log_probs=outputs.log_probs - c)
+
+    def _ref_logps_of(self, inputs: dict[str, Any]) -> Callable[[dict], Tensor]:
+        """What gives the reference's log-probs, from the arguments of TRL's call."""
+        return lambda kwargs: self.reference.scores([kwargs])[0]
+
+    def score(self, model: nn.Module, kwargs: dict[str, Any]) -> Tensor:
+        """The reference's score of a batch: its log-probs."""
+        with self.accelerator.autocast(), fused_head(model, only=()):
+            return model(**kwargs).log_probs
+
+    @contextmanager
+    def _reference_as(self, reference: Callable[..., FusedCausalLMOutput]):
+        """What TRL takes for its reference model is this, for a while."""
+        theirs, self.ref_model = self.ref_model, reference
+        try:
+            yield
+        finally:
+            self.ref_model = theirs
+
+    def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
+        checks.check_chat_template(processing_class, checks.first_row(dataset), dataset_name)
+        return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+
+
+class Remembered:
+    """The policy as TRL calls it, its outputs kept until TRL asks the reference about them."""
+
+    def __init__(self, model: nn.Module):
+        self.model, self.calls = model, []
+
+    def __call__(self, **kwargs: Any) -> Any:
+        outputs = self.model(**kwargs)
+        if "fused_lm_head" in kwargs:
+            self.calls.append((kwargs["input_ids"], outputs))
+        return outputs
+
+    def outputs_of(self, input_ids: Tensor) -> FusedCausalLMOutput:
+        return next(outputs for seen, outputs in self.calls if seen is input_ids)
+
+
+class PolicyGradientMixin(HumanlineMixin):
+    """GRPO. The ratio is taken to the synced reference, whatever policy sampled the completions.
+
+    TRL's losses see ``lp`` alone too ("cispo", "vespo"), so it is ``lp`` that carries perception's
+    gradient, and the old log-probs become ``lp − c``, constant. The KL penalty is of the log-ratio
+    as it is: its reference takes back what perception took from ``lp``'s gradient. What is not in
+    the paper: with sequence-level importance the ratio is the mean of perceived log-ratios.
+    """
+
+    _perceived_inputs: dict[str, Any] | None = None
+
+    def _compute_loss(self, model, inputs, *args, **kwargs):
+        if not self.humanline:
+            return super()._compute_loss(model, inputs, *args, **kwargs)
+        self._perceived_inputs = dict(inputs)
+        try:
+            with self._perceiving():
+                return super()._compute_loss(model, self._perceived_inputs, *args, **kwargs)
+        finally:
+            self._perceived_inputs = None
+
+    def _get_per_token_logps_and_entropies(self, model, *args, **kwargs):
+        score = super()._get_per_token_logps_and_entropies
+        if not self.humanline:
+            return score(model, *args, **kwargs)
+        inputs = self._perceived_inputs
+        if inputs is None:  # TRL, about to keep log-probs that the next sync makes stale
+            return None, None, None
+        logps, *rest = score(model, *args, **kwargs)
+        (ref_logps,) = self.reference.scores([(args, kwargs)])
+        mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
+        c = self.perceived(logps, ref_logps, mask)
+        perceived_logps = logps.detach() + (c - c.detach()).nan_to_num()
+        inputs["old_per_token_logps"] = (logps - c).detach()
+        inputs["ref_per_token_logps"] = ref_logps + (perceived_logps - logps)
+        return perceived_logps, *rest
+
+    def score(self, model: nn.Module, batch: tuple[tuple, dict[str, Any]]) -> Tensor:
+        """The reference's score of a batch: its log-probs."""
+        args, kwargs = batch
+        kwargs = kwargs | {"compute_entropy": False, "compute_aux_loss": False}
+        with fused_head(model, only=()):
+            return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)[0]

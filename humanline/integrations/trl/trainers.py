@@ -1,0 +1,259 @@
+"""The trainers, their configs, and the way to make one of a trainer that someone else built."""
+
+import inspect
+from dataclasses import dataclass, field
+from typing import Any
+
+from humanline.integrations.trl.version import require_known_trl  # first: says if TRL is missing
+
+# isort: split
+from accelerate.utils import is_peft_model
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, KTOConfig, KTOTrainer
+from trl.trainer.base_trainer import _BaseTrainer
+
+from humanline.checks import require
+from humanline.integrations.trl import checks
+from humanline.integrations.trl.lookahead import LookaheadMixin
+from humanline.integrations.trl.mixin import (
+    HumanlineMixin,
+    PolicyGradientMixin,
+    PreferenceMixin,
+    SyncBeforeStep,
+    logger,
+)
+from humanline.integrations.trl.offline import (
+    COLUMNS,
+    OfflineMixin,
+    check_offline,
+    dataset_reward,
+    is_offline,
+)
+from humanline.perception import Clip, Perception
+from humanline.reference import REFERENCES, Reference, ReferenceCopy
+
+
+@dataclass
+class HumanlineOptions:
+    """What humanline adds to TRL's options. A config of TRL's own means these defaults."""
+
+    humanline: bool = field(
+        default=True,
+        metadata={
+            "help": "Clip each token's log-ratio upstream of the loss and sync the reference."
+        },
+    )
+    log_eps_P: float = field(
+        default=-1.5, metadata={"help": "Lower bound of a token's log-ratio, in nats."}
+    )
+    log_eps_R: float = field(
+        default=1.5, metadata={"help": "Upper bound of a token's log-ratio, in nats."}
+    )
+    sync_every: int = field(
+        default=1,
+        metadata={"help": "Optimizer steps between syncs of the reference; 0 for never."},
+    )
+    reference: str | None = field(
+        default=None,
+        metadata={
+            "help": "What holds the reference: 'copy' (a second model), 'adapter' (a second set of "
+            "the weights that train), 'lookahead' (nothing; scores batches ahead). Default: "
+            "'adapter' with PEFT, else 'copy'.",
+            "choices": list(REFERENCES),
+        },
+    )
+
+    def __post_init__(self):
+        Clip(self.log_eps_P, self.log_eps_R)  # raises where they are no bounds
+        if hasattr(super(), "__post_init__"):
+            super().__post_init__()
+
+    @property
+    def perception(self) -> Perception:
+        """The perception these options describe."""
+        return Clip(self.log_eps_P, self.log_eps_R)
+
+
+@dataclass
+class HumanlineDPOConfig(HumanlineOptions, DPOConfig):
+    """TRL's DPOConfig and :class:`HumanlineOptions`."""
+
+
+@dataclass
+class HumanlineKTOConfig(HumanlineOptions, KTOConfig):
+    """TRL's KTOConfig and :class:`HumanlineOptions`."""
+
+
+@dataclass
+class HumanlineGRPOConfig(HumanlineOptions, GRPOConfig):
+    """TRL's GRPOConfig, :class:`HumanlineOptions` and ``generate_every``."""
+
+    generate_every: int | None = field(
+        default=None,
+        metadata={
+            "help": "Optimizer steps between generations. The completions for all of them are "
+            "sampled at once. Default: as steps_per_generation and generation_batch_size say."
+        },
+    )
+
+    def __post_init__(self):
+        if self.generate_every is not None:
+            self._set_steps_per_generation()
+        super().__post_init__()
+
+    def _set_steps_per_generation(self) -> None:
+        require(
+            self.generate_every > 0 and self.generate_every % self.num_iterations == 0,
+            f"generate_every must be a positive multiple of num_iterations={self.num_iterations}, "
+            f"got {self.generate_every}",
+        )
+        require(
+            self.steps_per_generation is None and self.generation_batch_size is None,
+            "generate_every says how often to generate: leave out steps_per_generation and "
+            "generation_batch_size",
+        )
+        batches = self.generate_every // self.num_iterations
+        self.steps_per_generation = batches * self.gradient_accumulation_steps
+
+
+class _Built(HumanlineMixin):
+    """Construction, shared by the three trainers: check, let TRL build, install."""
+
+    def __init__(self, *args, **kwargs):
+        given = inspect.signature(super().__init__).bind(*args, **kwargs).arguments
+        options = given.get("args")
+        if not isinstance(options, HumanlineOptions):
+            options = HumanlineOptions()
+        given = self._checked(given)
+        if not options.humanline:
+            super().__init__(**given)
+            return
+        require_known_trl()
+        checks.check_options(given.get("args"))
+        with checks.adapter_on_head_allowed(type(self)):
+            super().__init__(**given)
+        own = type(self)  # has all it needs
+        schedule = options.sync_every, options.reference
+        ref_given = given.get("ref_model") is not None
+        _install(self, own, options.perception, *schedule, ref_given)
+
+    def _checked(self, given: dict[str, Any]) -> dict[str, Any]:
+        """The arguments for TRL, once they have been looked at."""
+        checks.check_columns(given, *self._layouts)
+        return given
+
+
+class HumanlineDPOTrainer(_Built, PreferenceMixin, DPOTrainer):
+    """TRL's DPOTrainer with humanline. Takes what that takes."""
+
+    _layouts = (("prompt", "chosen", "rejected"), ("chosen", "rejected"))
+
+
+class HumanlineKTOTrainer(_Built, PreferenceMixin, KTOTrainer):
+    """TRL's KTOTrainer with humanline. Takes what that takes."""
+
+    _layouts = (("prompt", "completion", "label"), ("chosen", "rejected"))
+
+
+class HumanlineGRPOTrainer(_Built, OfflineMixin, PolicyGradientMixin, GRPOTrainer):
+    """TRL's GRPOTrainer with humanline. Takes what that takes; besides, a dataset with the columns
+    prompt, completions and rewards, from which it trains without generating."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        for name, dataset in checks.datasets_of(vars(self)):
+            checks.check_chat_template(self.processing_class, checks.first_row(dataset), name)
+
+    def _checked(self, given: dict[str, Any]) -> dict[str, Any]:
+        self.offline = is_offline(given)
+        if self.offline:
+            checks.check_columns(given, COLUMNS)
+            check_offline(given)
+            return {**given, "reward_funcs": [dataset_reward]}
+        if given.get("environment_factory") is None:  # which may bring the prompts
+            checks.check_columns(given, ("prompt",))
+        return given
+
+
+CLIP = Clip()
+
+#: Trainers of TRL, and what makes one of them or of their subclasses a humanline one.
+MIXINS = {
+    DPOTrainer: PreferenceMixin,
+    KTOTrainer: PreferenceMixin,
+    GRPOTrainer: PolicyGradientMixin,
+}
+
+
+def apply_humanline(
+    trainer: _BaseTrainer,
+    *,
+    perception: Perception = CLIP,
+    sync_every: int = 1,
+    reference: str | None = None,
+) -> None:
+    """Turn a trainer that is already built into a humanline one, in place. Call it before training.
+
+    Unless ``reference`` is "copy", the trainer's ``ref_model`` is dropped, and the policy as it is
+    begins as the reference. With full fine-tuning TRL loads a ``ref_model`` where none was given,
+    so one of the caller's own, dropped too, cannot be told from it.
+
+    Args:
+        trainer: TRL's DPOTrainer, KTOTrainer or GRPOTrainer, or an instance of a subclass.
+        perception: how log-ratios are perceived, ``Clip()`` by default; any of
+            :mod:`humanline.perception`.
+        sync_every, reference: see :class:`HumanlineOptions`.
+
+    Raises:
+        TypeError: another trainer.
+        ValueError: an option of the trainer contradicts humanline; it has humanline already.
+    """
+    require_known_trl()
+    mixin = next((mixin for base, mixin in MIXINS.items() if isinstance(trainer, base)), None)
+    checks.check_instance(trainer, mixin, MIXINS)
+    checks.check_options(trainer.args)
+    # Under PEFT TRL loads none.
+    ref_given = is_peft_model(trainer.model) and trainer.ref_model is not None
+    _install(trainer, mixin, perception, sync_every, reference, ref_given)
+
+
+def _become(trainer: _BaseTrainer, mixin: type[HumanlineMixin]) -> None:
+    """Give an instance a mixin's methods."""
+    if not isinstance(trainer, mixin):
+        cls = type(trainer)
+        trainer.__class__ = type(cls.__name__, (mixin, cls), {})
+
+
+def _install(
+    trainer: _BaseTrainer,
+    mixin: type[HumanlineMixin],
+    perception: Perception,
+    sync_every: int,
+    kind: str | None,
+    ref_given: bool,
+) -> None:
+    kind = kind or ("adapter" if is_peft_model(trainer.model) else "copy")
+    checks.check_model(trainer, kind, ref_given)
+    _become(trainer, LookaheadMixin if kind == "lookahead" else mixin)
+    trainer.reference = _make_reference(trainer, kind, sync_every)
+    trainer.perception = perception
+    if not trainer.is_deepspeed_enabled:
+        trainer.add_callback(SyncBeforeStep(trainer.reference))
+    steps = "optimizer step" if sync_every == 1 else f"{sync_every} optimizer steps"
+    logger.info(
+        f"humanline: {perception}; reference: {kind}, "
+        f"{f'synced every {steps}' if sync_every else 'never synced'}, "
+        f"holding {trainer.reference.memory_bytes() / 2**20:.1f} MiB; log-probs by humanline's "
+        "fused head"
+    )
+
+
+def _make_reference(trainer: HumanlineMixin, kind: str, sync_every: int) -> Reference:
+    arguments = trainer.model, trainer.score, sync_every
+    theirs = trainer.ref_model
+    if kind == "copy":
+        if theirs is not None:
+            theirs = trainer.accelerator.unwrap_model(theirs, keep_torch_compile=False)
+        return ReferenceCopy(*arguments, model=theirs)
+    if isinstance(trainer, PreferenceMixin):
+        trainer.ref_model = None  # TRL has loaded one; GRPO's code insists on it
+    return REFERENCES[kind](*arguments)

@@ -1,0 +1,1 @@
+"""From hidden states and the output head: log-probs and objectives that never hold all logits."""

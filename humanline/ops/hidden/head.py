@@ -1,0 +1,77 @@
+"""The output head: its options, and the checks of what comes to it."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from humanline import checks
+from humanline.ops.temperature import check_temperature, row_temperature
+from humanline.rows import IGNORE_INDEX
+
+WORKSPACE_BYTES = 512 * 2**20
+
+
+@dataclass(frozen=True)
+class Head:
+    """What happens to ``hidden @ weight.T`` before the softmax, in this order: ``+ bias``,
+    ``· logit_scale``, ``logit_softcap · tanh(· / logit_softcap)``, ``/ temperature``."""
+
+    bias: Tensor | None = None
+    temperature: float | Tensor = 1.0
+    logit_scale: float = 1.0
+    logit_softcap: float | None = None
+
+    def for_rows(self, labels: Tensor) -> "Head":
+        """The same with the temperature as a tensor, flat or scalar."""
+        return replace(self, temperature=row_temperature(self.temperature, labels))
+
+
+def check_hidden(hidden: Tensor, weight: Tensor, labels: Tensor, head: Head) -> None:
+    """Raise ValueError unless these fit together."""
+    checks.require_floating(hidden=hidden, weight=weight, bias=head.bias)
+    _require_whole(hidden=hidden, weight=weight, bias=head.bias)
+    checks.require(
+        hidden.dim() >= 2 and hidden.shape[:-1] == labels.shape,
+        lambda: (
+            f"hidden [..., H] and labels [...] must agree, got {list(hidden.shape)} and "
+            f"{list(labels.shape)}"
+        ),
+    )
+    checks.require(
+        weight.dim() == 2 and weight.shape[1] == hidden.shape[-1],
+        lambda: (
+            f"weight must have shape [V, {hidden.shape[-1]}] for this hidden, got "
+            f"{list(weight.shape)}"
+        ),
+    )
+    checks.require(
+        head.bias is None or head.bias.shape == weight.shape[:1],
+        lambda: (
+            f"bias must have shape {list(weight.shape[:1])}, got "
+            f"{list(head.bias.shape) if head.bias is not None else None}"
+        ),
+    )
+    checks.require(
+        hidden.dtype == weight.dtype or torch.is_autocast_enabled(hidden.device.type),
+        lambda: f"hidden and weight must have one dtype, got {hidden.dtype} and {weight.dtype}",
+    )
+    checks.require(
+        head.logit_softcap is None or head.logit_softcap > 0,
+        lambda: f"logit_softcap must be positive or None, got {head.logit_softcap}",
+    )
+    checks.require_same_device(hidden=hidden, weight=weight, labels=labels, bias=head.bias)
+    checks.require_labels(labels, weight.shape[0], IGNORE_INDEX)
+    check_temperature(head.temperature, labels)
+
+
+def _require_whole(**tensors: Tensor | None) -> None:
+    for name, x in tensors.items():
+        sharding = getattr(x, "placements", None)  # of a DTensor
+        checks.require(
+            sharding is None,
+            lambda name=name, sharding=sharding: (
+                f"{name} is a DTensor with placements {sharding}: pass {name}.full_tensor(), or "
+                f"unshard the module that holds it first (FSDP2: module.unshard())"
+            ),
+        )

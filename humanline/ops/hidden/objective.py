@@ -1,0 +1,151 @@
+"""An objective straight from hidden states: its loss inside the op, so its coefficients are known
+while the logits are still there.
+
+| what needs a gradient, what the objective is | GEMMs | how |
+|---|---|---|
+| nothing | 1F | log-probs |
+| rows that depend on one another fit a block | 1F + 2F·active | gradient in the forward, here |
+| else, frozen head, no entropy term | 2F | log-probs, which form dH in the forward |
+| else | 1F + 3F·active | log-probs, which recompute the active rows in the backward |
+
+Rows depend on no other (token-level), on those of their sequence, of their pair, or of the batch
+(``coupling``). One F·active less where the head or the body is frozen. ``capturable``, which must
+not know the number of active rows, always takes the last line.
+
+On a GPU, where the head trains and blocks are many, the active rows of several wait for one another
+(head_gradients.py).
+
+Read back from the device: how many rows are labelled (in each sequence, where blocks go by these),
+once a call, but twice where they turn out not to fit; and how many are active: in the second line
+once a block, as its log-probs come to be known, or as soon as no more rows can wait; in the last
+once, in the backward.
+"""
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from humanline import autograd
+from humanline.dtypes import compute_dtype
+from humanline.ops.hidden.blocks import (
+    BLOCKS,
+    block_rows,
+    comfortable_rows,
+    head_blocks,
+    padded_length,
+    stacked_rows,
+)
+from humanline.ops.hidden.gradients import BlockGradients, StackedGradients
+from humanline.ops.hidden.head import Head
+from humanline.ops.hidden.schedule import Sizes, blocks_with_gradient
+from humanline.ops.hidden.token_logps import check_capturable, linear_token_logps, under_autocast
+from humanline.ops.scaling import scaled_gradient
+from humanline.ops.whole_batch import evaluate as evaluate_batch
+from humanline.ops.whole_batch import finish
+from humanline.seam import Problem, evaluate
+
+
+def linear_objective(
+    problem: Problem,
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    head: Head,
+    workspace_bytes: int,
+    backend: str,
+    capturable: bool,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss and statistics of a problem from ``hidden [..., H]`` and ``weight [V, H]``, checked."""
+    with_entropy = problem.objective.needs_entropy
+    hidden, weight = under_autocast(hidden, weight)
+    check_capturable(capturable, backend)
+    fitting = block_rows(BLOCKS[backend], weight, head, with_entropy, workspace_bytes)
+    found = None
+    if _trains(hidden, weight, head.bias) and not capturable:
+        sizes = [Sizes(fitting, comfortable_rows(fitting, weight.device.type == "cpu"))]
+        if backend == "triton" and _trains(weight, head.bias):
+            length, itemsize = padded_length(weight), weight.element_size()
+            rows, waiting = stacked_rows(length, itemsize, workspace_bytes)
+            sizes = [Sizes(rows, rows, waiting), *sizes] if rows else sizes
+        found = blocks_with_gradient(problem, problem.layout.mask, sizes)
+    if found is not None:
+        chosen, blocks = found
+        return _LinearObjective.apply(
+            hidden.reshape(-1, hidden.shape[-1]),
+            weight,
+            head.bias,
+            labels.reshape(-1),
+            head.for_rows(labels),
+            problem,
+            blocks,
+            backend,
+            chosen.waiting,
+        )
+    result = linear_token_logps(
+        hidden,
+        weight,
+        labels,
+        head.bias,
+        head.temperature,
+        logit_scale=head.logit_scale,
+        logit_softcap=head.logit_softcap,
+        return_entropy=with_entropy,
+        workspace_bytes=workspace_bytes,
+        backend=backend,
+        capturable=capturable,
+    )
+    logps, entropy = result if with_entropy else (result, None)
+    return finish(problem, logps, entropy, backend)
+
+
+def _trains(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+class _LinearObjective(torch.autograd.Function):
+    """Gradients formed in the forward; scaled by the incoming gradient in the backward."""
+
+    @staticmethod
+    @autograd.forward
+    def forward(ctx, hidden, weight, bias, labels, head, problem, blocks, backend, waiting):
+        with_entropy = problem.objective.needs_entropy
+        make = partial(StackedGradients, waiting) if waiting else BlockGradients
+        gradients = make(hidden, weight, bias, labels, *ctx.needs_input_grad[:3])
+        logps = hidden.new_zeros(len(labels), dtype=compute_dtype(weight.dtype))
+        entropy = torch.zeros_like(logps) if with_entropy else None
+        whole = None
+
+        for block in head_blocks(
+            BLOCKS[backend], hidden, weight, head, labels, blocks, with_entropy
+        ):
+            logps[block.index] = block.logps
+            if with_entropy:
+                entropy[block.index] = block.entropy
+            if problem.coupling == "token":
+                coefficients = evaluate(
+                    problem, block.logps, block.entropy, block.index
+                ).coefficients
+            else:  # right for this block's rows, whatever is still missing; at last, for all
+                whole = evaluate_batch(problem, logps, entropy, backend)
+                coefficients = whole.coefficients.take(block.index)
+            gradients.add(block, coefficients)
+        gradients.finish()
+
+        whole = whole or evaluate_batch(problem, logps, entropy, backend)
+        of_head = gradients.head
+        ctx.save_for_backward(gradients.hidden, gradients.scales, of_head.weight, of_head.bias)
+        ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
+        return whole.loss, problem.stats(whole)
+
+    @staticmethod
+    @autograd.backward
+    def backward(ctx, grad, _):
+        dh, scales, dw, db = ctx.saved_tensors
+        weight_dtype, bias_dtype = ctx.dtypes
+        return (
+            None if dh is None else scaled_gradient(dh, grad if scales is None else scales * grad),
+            None if dw is None else scaled_gradient(dw, grad, weight_dtype),
+            None if db is None else scaled_gradient(db, grad, bias_dtype),
+            *[None] * 6,
+        )

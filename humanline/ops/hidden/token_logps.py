@@ -1,0 +1,227 @@
+"""``linear_token_logps``: log-probs from hidden states and a head's weight, differentiable.
+
+The forward is one GEMM, a block of rows at a time. The backward recomputes the logits of those rows
+whose incoming gradient is not 0, and only of those: 1F + 3F·active, F being one N×H×V GEMM.
+
+With a frozen head it is 2F, for any loss: the gradient of a row's hidden state is its incoming
+gradient times that of a unit one, which the forward forms while it has the logits.
+
+``capturable`` is 1F + 3F·active always (2F·active with a frozen head or body), the number of active
+rows staying on the device.
+"""
+
+import torch
+from torch import Tensor
+
+from humanline import autograd, checks
+from humanline.dtypes import compute_dtype
+from humanline.ops.backend import choose_backend
+from humanline.ops.hidden import recomputed
+from humanline.ops.hidden.blocks import (
+    BLOCKS,
+    Observer,
+    block_rows,
+    comfortable_rows,
+    head_blocks,
+)
+from humanline.ops.hidden.gemms import HeadGradients, hidden_gradient, write_hidden_gradient_
+from humanline.ops.hidden.gradients import split_scale
+from humanline.ops.hidden.head import WORKSPACE_BYTES, Head, check_hidden
+from humanline.ops.hidden.schedule import split_rows
+from humanline.ops.scaling import scaled_gradient
+from humanline.rows import IGNORE_INDEX
+from humanline.seam import Coefficients
+
+
+@autograd.uncompiled
+def linear_token_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    *,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    return_entropy: bool = False,
+    observe: Observer | None = None,
+    workspace_bytes: int = WORKSPACE_BYTES,
+    backend: str | None = None,
+    capturable: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Log-probs of ``labels`` under the head ``softmax((hidden @ weight.T + bias) / temperature)``.
+
+    Never holds all logits: at most ``workspace_bytes`` of them. Under ``torch.compile`` a graph
+    break: it runs as it stands, with the same numbers.
+
+    On the Triton backend a row's log-prob is the same to the last bit whatever rows are around it,
+    but with a frozen head: there, and on the torch backend, a GEMM library forms the logits. cuBLAS
+    and oneDNN choose their algorithm, and how the sum over H is split, by the number of rows in a
+    block. A rerun on the same rows gives the same bits everywhere.
+
+    Args:
+        hidden: ``[..., H]``. Row ``t`` predicts ``labels[t]``.
+        weight: ``[V, H]``.
+        labels: integer ``[...]``; rows labelled -100 give 0, take no gradient and cost nothing.
+        bias: ``[V]``.
+        temperature: a float, or a tensor with one value a row, ``[...]``.
+        logit_scale: multiplies the logits.
+        logit_softcap: ``cap · tanh(logits / cap)`` after the scale.
+        return_entropy: also return the entropy of each row, in nats.
+        observe: looks at the logits while they are there, a block of rows at a time, without
+            gradient: for statistics a trainer logs, which would cost a GEMM of their own.
+        workspace_bytes: bound of the memory for logits. Beside it, inputs and gradients there are
+            some floats a row and the hidden states of one block. Half precision adds the weight's
+            gradient in float32, and on a CPU up to 16 MiB of the weight widened. Gradients formed
+            in the forward are scaled where they lie; ``retain_graph=True`` makes a copy of them.
+        backend: "triton" or "torch"; None chooses by device.
+        capturable: read nothing back from the device, so that forward and backward can be captured
+            in a CUDA graph; Triton backend only.
+
+    Returns:
+        ``[...]`` log-probs in nats, float32 (float64 from float64); with ``return_entropy`` a tuple
+        of log-probs and entropies. Differentiable with respect to hidden, weight and bias.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit; a label outside ``[0, V)`` that is not
+            -100; a workspace that does not hold one row; ``capturable`` on the torch backend.
+    """
+    head = Head(bias, temperature, logit_scale, logit_softcap)
+    check_hidden(hidden, weight, labels, head)
+    hidden, weight = under_autocast(hidden, weight)
+    if observe is not None:  # the kernels never have the logits as the head's options leave them
+        checks.require(
+            backend in (None, "torch"),
+            lambda: f'observe needs backend="torch", which forms the logits; got {backend!r}',
+        )
+        backend = "torch"
+    backend = choose_backend(hidden, backend)
+    check_capturable(capturable, backend)
+    unit = _only_hidden_trains(hidden, weight, bias) and not return_entropy and not capturable
+    no_logits = backend == "triton" and not unit
+    kind = recomputed.RecomputedBlock if no_logits else BLOCKS[backend]
+    rows = block_rows(kind, weight, head, return_entropy, workspace_bytes)
+    logps, entropy = _LinearTokenLogps.apply(
+        hidden.reshape(-1, hidden.shape[-1]),
+        weight,
+        bias,
+        labels.reshape(-1),
+        head.for_rows(labels),
+        return_entropy,
+        observe,
+        comfortable_rows(rows, weight.device.type == "cpu"),
+        kind,
+        unit,
+        capturable,
+    )
+    logps = logps.view(labels.shape)
+    return (logps, entropy.view(labels.shape)) if return_entropy else logps
+
+
+def check_capturable(capturable: bool, backend: str) -> None:
+    """Raise ValueError where the number of rows must be read on the host."""
+    checks.require(
+        not capturable or backend == "triton",
+        'capturable needs backend="triton": the torch backend reads the number of rows',
+    )
+
+
+def _only_hidden_trains(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    head_trains = weight.requires_grad or (bias is not None and bias.requires_grad)
+    return torch.is_grad_enabled() and hidden.requires_grad and not head_trains
+
+
+def under_autocast(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Cast as autocast does for a linear layer, where it is on."""
+    device = hidden.device.type
+    if not torch.is_autocast_enabled(device):
+        return hidden, weight
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in (hidden, weight))
+
+
+class _LinearTokenLogps(torch.autograd.Function):
+    @staticmethod
+    @autograd.forward
+    def forward(
+        ctx,
+        hidden,
+        weight,
+        bias,
+        labels,
+        head,
+        with_entropy,
+        observe,
+        rows,
+        kind,
+        unit,
+        capturable,
+    ):
+        ctx.unit, ctx.head, ctx.rows, ctx.kind = unit, head, rows, kind
+        ctx.with_entropy, ctx.capturable = with_entropy, capturable
+        wanted, dh, kept = labels != IGNORE_INDEX, None, ()
+        if kind is recomputed.RecomputedBlock:
+            kept = recomputed.forward(
+                hidden, weight, labels, head, wanted, with_entropy, capturable
+            )
+            logps, entropy, *_ = kept
+        else:
+            logps, entropy, dh = _by_blocks(ctx, hidden, weight, labels, wanted, observe)
+        ctx.save_for_backward(labels, *((dh,) if unit else (hidden, weight, bias, *kept)))
+        return logps, entropy
+
+    @staticmethod
+    @autograd.backward
+    def backward(ctx, g, g_entropy):
+        if ctx.unit:
+            labels, dh = ctx.saved_tensors
+            dropped = (g == 0) | (labels == IGNORE_INDEX)
+            # Filled, not multiplied: a row that overflowed stays out of what it has no part in.
+            return scaled_gradient(dh, g).masked_fill_(dropped[:, None], 0), *[None] * 10
+        coefficients = Coefficients(g, g_entropy if ctx.with_entropy else None)
+        return *_recompute(ctx, coefficients), *[None] * 8
+
+
+def _by_blocks(
+    ctx, hidden: Tensor, weight: Tensor, labels: Tensor, wanted: Tensor, observe: Observer | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Log-probs and entropies of the wanted rows, and unit gradients of hidden if asked for."""
+    logps = hidden.new_zeros(len(labels), dtype=compute_dtype(weight.dtype))
+    entropy = torch.zeros_like(logps) if ctx.with_entropy else None
+    dh = torch.zeros_like(hidden) if ctx.unit else None
+    blocks = split_rows(wanted, ctx.rows)
+    for block in head_blocks(
+        ctx.kind, hidden, weight, ctx.head, labels, blocks, ctx.with_entropy, observe
+    ):
+        logps[block.index] = block.logps
+        if ctx.with_entropy:
+            entropy[block.index] = block.entropy
+        if ctx.unit:
+            unit = hidden_gradient(block.gradient(), weight, labels, block.index)
+            dh[block.index] = unit.to(dh.dtype)
+    return logps, entropy, dh
+
+
+def _recompute(ctx, coefficients: Coefficients) -> tuple[Tensor | None, ...]:
+    """Gradients of hidden, weight and bias from the logits of the active rows, formed again."""
+    labels, hidden, weight, bias, *kept = ctx.saved_tensors
+    need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
+    active = coefficients.active() & (labels != IGNORE_INDEX)
+    inputs = hidden, weight, ctx.head, labels
+    if kept:
+        blocks = recomputed.recomputed_blocks(*inputs, active, kept, ctx.rows, ctx.capturable)
+    else:
+        blocks = head_blocks(ctx.kind, *inputs, split_rows(active, ctx.rows), ctx.with_entropy)
+    dh = torch.zeros_like(hidden) if need_hidden else None
+    sums = HeadGradients.zeros(weight, bias, need_weight, need_bias)
+    for block in blocks:
+        scale, of_logp, of_entropy = split_scale(coefficients.take(block.index))
+        dz = block.gradient(of_logp, of_entropy)
+        sums.add(dz, scale, block.hidden, block.count)
+        if need_hidden:
+            write_hidden_gradient_(dh, dz, weight, labels, scale, block.index, block.count)
+    return (
+        dh,
+        sums.weight.to(weight.dtype) if need_weight else None,
+        sums.bias.to(bias.dtype) if need_bias else None,
+    )

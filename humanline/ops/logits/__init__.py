@@ -1,0 +1,1 @@
+"""From logits: log-probs, and objectives in one launch."""

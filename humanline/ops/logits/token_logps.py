@@ -1,0 +1,199 @@
+"""``token_logps``: log-probs (and entropy) of labels from logits, differentiable."""
+
+import torch
+from torch import Tensor
+
+from humanline import autograd, checks
+from humanline.dtypes import compute_dtype
+from humanline.ops.backend import choose_backend
+from humanline.ops.logits.blocks import row_blocks, zero_rows_
+from humanline.ops.softmax import SoftmaxBlock
+from humanline.ops.temperature import (
+    check_temperature,
+    divide_by_temperature,
+    row_temperature,
+)
+from humanline.rows import IGNORE_INDEX
+from humanline.seam import Coefficients
+
+
+def token_logps(
+    logits: Tensor,
+    labels: Tensor,
+    temperature: float | Tensor = 1.0,
+    *,
+    return_entropy: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Log-probs of ``labels`` under ``softmax(logits / temperature)``.
+
+    Args:
+        logits: ``[..., V]``, any strides. Row ``t`` predicts ``labels[t]``.
+        labels: integer ``[...]``; rows labelled -100 give 0 and take no gradient.
+        temperature: a float, or a tensor with one value a row, ``[...]``.
+        return_entropy: also return the entropy of each row, in nats.
+        backend: "triton" or "torch"; None chooses by device.
+
+    Returns:
+        ``[...]`` log-probs in nats, float32 (float64 from float64 logits); with ``return_entropy``
+        a tuple of log-probs and entropies. Both are differentiable with respect to ``logits``.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit; a label outside ``[0, V)`` that is not
+            -100; a temperature that is not positive.
+    """
+    check_logits(logits, labels, temperature)
+    temperature = row_temperature(temperature, labels)
+    backend = choose_backend(logits, backend)
+    logps, entropy, *_ = _token_logps(logits, labels, temperature, return_entropy, backend)
+    return (logps, entropy) if return_entropy else logps
+
+
+def shift(labels: Tensor) -> Tensor:
+    """Labels aligned with the rows that predict them, from Hugging Face's unshifted ones.
+
+    Args:
+        labels: integer ``[B, T]``, ``labels[b, t]`` being the token at position ``t``.
+
+    Returns:
+        ``[B, T]``: ``labels[b, t+1]`` at position ``t``, -100 at the last.
+    """
+    checks.require(
+        labels.dim() == 2, lambda: f"labels must have shape [B, T], got {list(labels.shape)}"
+    )
+    return torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+
+
+def check_logits(logits: Tensor, labels: Tensor, temperature: float | Tensor) -> None:
+    checks.require_floating(logits=logits)
+    checks.require(
+        logits.dim() >= 2 and logits.shape[:-1] == labels.shape,
+        lambda: (
+            f"logits [..., V] and labels [...] must agree, got {list(logits.shape)} and "
+            f"{list(labels.shape)}"
+        ),
+    )
+    checks.require_same_device(logits=logits, labels=labels)
+    checks.require_labels(labels, logits.shape[-1], IGNORE_INDEX)
+    check_temperature(temperature, labels)
+
+
+# The op and its backward. Each has two implementations, kernels and blocks of rows in torch; both
+# keep each row's maximum and sum of exponentials for the backward.
+
+
+@torch.library.custom_op("humanline::token_logps", mutates_args=())
+def _token_logps(
+    logits: Tensor, labels: Tensor, temperature: Tensor, with_entropy: bool, backend: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if backend == "triton":
+        from humanline.kernels.token_logps import token_logps_forward
+
+        outputs = token_logps_forward(logits, labels, temperature, with_entropy)
+    else:
+        outputs = _forward_in_torch(logits, labels, temperature, with_entropy)
+    shape = labels.shape
+    return tuple(x.view(shape) if x is not None else logits.new_empty(0) for x in outputs)
+
+
+@_token_logps.register_fake
+def _(logits, labels, temperature, with_entropy, backend):
+    dtype = compute_dtype(logits.dtype)
+    row, nothing = logits.new_empty(labels.shape, dtype=dtype), logits.new_empty(0)
+    entropy = torch.empty_like(row) if with_entropy else nothing
+    return row, entropy, torch.empty_like(row), torch.empty_like(row)
+
+
+@torch.library.custom_op("humanline::token_logps_backward", mutates_args=())
+def _token_logps_backward(
+    g: Tensor,
+    g_entropy: Tensor | None,
+    logits: Tensor,
+    labels: Tensor,
+    temperature: Tensor,
+    logps: Tensor,
+    entropy: Tensor,
+    row_max: Tensor,
+    row_sum: Tensor,
+    backend: str,
+) -> Tensor:
+    arguments = (
+        g.contiguous(),
+        None if g_entropy is None else g_entropy.contiguous(),
+        logits,
+        labels,
+        temperature,
+        logps,
+        entropy,
+        row_max,
+        row_sum,
+    )
+    if backend == "triton":
+        from humanline.kernels.token_logps import token_logps_backward
+
+        return token_logps_backward(*arguments)
+    return _backward_in_torch(*arguments)
+
+
+@_token_logps_backward.register_fake
+def _(g, g_entropy, logits, *_):
+    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+
+
+def _setup_context(ctx, inputs, output):
+    logits, labels, temperature, ctx.with_entropy, ctx.backend = inputs
+    ctx.save_for_backward(logits, labels, temperature, *output)
+    ctx.mark_non_differentiable(*output[2:])
+    ctx.set_materialize_grads(True)
+
+
+@autograd.backward
+def _backward(ctx, g, g_entropy, *_):
+    g_entropy = g_entropy if ctx.with_entropy else None
+    grad = _token_logps_backward(g, g_entropy, *ctx.saved_tensors, ctx.backend)
+    return grad, None, None, None, None
+
+
+_token_logps.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _forward_in_torch(logits, labels, temperature, with_entropy):
+    labels, dtype = labels.reshape(-1), compute_dtype(logits.dtype)
+    logps, row_max, row_sum = (logits.new_zeros(len(labels), dtype=dtype) for _ in range(3))
+    entropy = torch.zeros_like(logps) if with_entropy else None
+    for view, local, rows in row_blocks(logits, labels != IGNORE_INDEX):
+        z = view[local].to(dtype, copy=True)
+        divide_by_temperature(z, temperature, rows)
+        block = SoftmaxBlock(z, labels[rows].long(), with_entropy)
+        logps[rows], row_max[rows], row_sum[rows] = block.logps, block.row_max, block.row_sum
+        if with_entropy:
+            entropy[rows] = block.entropy
+    return logps, entropy, row_max, row_sum
+
+
+def _backward_in_torch(
+    g, g_entropy, logits, labels, temperature, logps, entropy, row_max, row_sum
+) -> Tensor:
+    labels = labels.reshape(-1)
+    coefficients = Coefficients(g.reshape(-1), None if g_entropy is None else g_entropy.reshape(-1))
+    logps, entropy, row_max, row_sum = (x.reshape(-1) for x in (logps, entropy, row_max, row_sum))
+    active = coefficients.active() & (labels != IGNORE_INDEX)
+    grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    grad_rows = grad.view(-1, logits.shape[-1])
+    zero_rows_(grad_rows, ~active)
+    for view, local, rows in row_blocks(logits, active):
+        z = view[local].to(logps.dtype, copy=True)
+        divide_by_temperature(z, temperature, rows)
+        block = SoftmaxBlock.again(
+            z,
+            labels[rows].long(),
+            logps[rows],
+            row_max[rows],
+            row_sum[rows],
+            None if g_entropy is None else entropy[rows],
+        )
+        some = coefficients.take(rows)
+        dz = block.gradient(some.logps, some.entropy)
+        divide_by_temperature(dz, temperature, rows)
+        grad_rows[rows] = dz.to(grad.dtype)
+    return grad

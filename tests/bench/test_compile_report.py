@@ -1,0 +1,139 @@
+"""What the compiler makes of the kernels for GPUs that need not be here."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPORT = """
+import json
+from dataclasses import asdict
+import bench.machine_code.compile_report as c
+print(json.dumps([
+    asdict(c.compile_variant(name, target, {vocab}, "{dtype}", {vocab} % 16 == 0))
+    for target in {targets} for name in {kernels}
+]))
+"""
+
+
+def compiled(**what):
+    done = subprocess.run(  # another process: in this one the kernels may be interpreted
+        [sys.executable, "-c", REPORT.format(**what)],
+        cwd=(root := Path(__file__).parents[2]),
+        env={**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module", params=[(151936, "bf16"), (32000, "fp32")], ids=str)
+def reports(request):
+    vocab, dtype = request.param
+    return compiled(vocab=vocab, dtype=dtype, targets=["sm_90"], kernels="c.VARIANTS")
+
+
+def test_no_kernel_spills(reports):
+    assert {r["name"]: r["spills"] for r in reports if r["spills"]} == {}
+
+
+@pytest.mark.parametrize(
+    "vocab, dtype, targets, kernels",
+    [
+        (151937, "bf16", ["sm_80", "sm_90"], ("forward", "forward, entropy", "loss, entropy")),
+        (50257, "fp32", ["sm_90"], ("forward", "backward")),
+    ],
+)
+def test_odd_vocabularies_do_not_spill(vocab, dtype, targets, kernels):
+    """Rows are loaded an element at a time there, which takes more registers."""
+    reports = compiled(vocab=vocab, dtype=dtype, targets=targets, kernels=kernels)
+    assert {(r["name"], r["target"]): r["spills"] for r in reports if r["spills"]} == {}
+    assert {r["load_bytes"] for r in reports} == {2 if dtype == "bf16" else 4}
+
+
+def test_between_gemms_odd_vocabularies_are_loaded_like_others():
+    """Their rows are ours, padded to a multiple of 16."""
+    blocks = [
+        r
+        for dtype in ("bf16", "fp32")
+        for r in compiled(
+            vocab=50257,
+            dtype=dtype,
+            targets=["sm_80", "sm_90"],
+            kernels=("block, softmax", "block, softmax, all", "block, dz", "block, dz, all"),
+        )
+    ]
+    assert {r["load_bytes"] for r in blocks} == {16}
+    assert {r["store_bytes"] for r in blocks if "dz" in r["name"]} == {16}
+    assert {r["name"]: r["spills"] for r in blocks if r["spills"]} == {}
+
+
+def test_no_kernel_spills_on_sm_80_but_a_label():
+    """Two registers, once a row: so that two programs still fit a multiprocessor."""
+    heavy = ("forward, entropy", "loss, entropy")
+    reports = compiled(vocab=151936, dtype="bf16", targets=["sm_80"], kernels=heavy)
+    spills = {r["name"]: r["spills"] for r in reports if r["spills"]}
+    assert spills.pop("forward, entropy", 0) <= 2 and spills == {}
+    assert {r["load_bytes"] for r in reports} == {16}
+
+
+ON_SEQUENCES = ("pairs", "sequences")  # which walk N floats, not rows of V
+
+
+def test_aligned_rows_are_loaded_16_bytes_at_a_time(reports):
+    of_rows = [r for r in reports if r["name"] not in ON_SEQUENCES]
+    assert {r["name"]: r["load_bytes"] for r in of_rows if r["load_bytes"] < 16} == {}
+
+
+def test_gradients_are_stored_16_bytes_at_a_time(reports):
+    no_gradients = ("forward", "block, softmax")
+    writers = [
+        r
+        for r in reports
+        if not r["name"].startswith(no_gradients) and r["name"] not in ON_SEQUENCES
+    ]
+    assert writers
+    assert {r["name"]: r["store_bytes"] for r in writers if r["store_bytes"] < 16} == {}
+
+
+def test_a_program_of_1024_threads_fits_a_multiprocessor(reports):
+    row_kernels = [r for r in reports if r["name"] not in ("scale", *ON_SEQUENCES)]
+    assert {r["name"]: r["registers"] for r in row_kernels if r["registers"] > 64} == {}
+
+
+@pytest.fixture(scope="module")
+def gemms():
+    targets = ["sm_80", "sm_90", "sm_100", "gfx942"]
+    return compiled(vocab=151936, dtype="bf16", targets=targets, kernels="c.GEMMS")
+
+
+def test_gemms_do_not_spill_on_sm_90(gemms):
+    on_sm_90 = [r for r in gemms if r["target"] == "sm_90"]
+    assert {r["name"]: r["spills"] for r in on_sm_90 if r["spills"]} == {}
+
+
+@pytest.mark.parametrize(
+    "target, instruction",
+    [("sm_80", "HMMA"), ("sm_90", "HGMMA"), ("sm_100", "tcgen05"), ("gfx942", "mfma")],
+)
+def test_gemms_run_on_tensor_cores(target, instruction, gemms):
+    on_target = [r for r in gemms if r["target"] == target]
+    assert on_target
+    assert [r["name"] for r in on_target if instruction not in r["instructions"]] == []
+
+
+@pytest.mark.parametrize("target", ["sm_90", "sm_100"])
+def test_gemms_load_tiles_by_tma(target, gemms):
+    # the sum over rows ends at a masked step, which a descriptor cannot make
+    on_target = [r for r in gemms if r["target"] == target and r["name"] != "dW"]
+    assert [r["name"] for r in on_target if "UTMALDG" not in r["instructions"]] == []
+
+
+def test_float32_gemms_compile_without_spills():
+    reports = compiled(vocab=32000, dtype="fp32", targets=["sm_90"], kernels="c.GEMMS")
+    assert {r["name"]: r["spills"] for r in reports if r["spills"]} == {}
+    assert not any("HGMMA" in r["instructions"] for r in reports)  # never rounded to TF32
