@@ -144,7 +144,7 @@ steps() {
             compute-sanitizer --tool "$check" --error-exitcode 1 -- \
             "$python" -m bench.gpu small $reduced --output "$output"
     done
-    local files=(tests/{kernels,ops}/test_*.py)
+    local files=(tests/{kernels,ops,ops/hidden}/test_*.py)
     if [ -n "$reduced" ]; then files=(tests/ops/hidden/test_gemms.py); fi
     for file in "${files[@]}"; do
         step "tests-$(basename "$file" .py)" "$python" -m pytest -q -p no:cacheprovider "$file"
