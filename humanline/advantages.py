@@ -3,7 +3,13 @@
 import torch
 from torch import Tensor
 
-from humanline.checks import require, require_floating, require_same_device
+from humanline.checks import (
+    require,
+    require_floating,
+    require_numbers,
+    require_same_device,
+    require_tensors,
+)
 from humanline.distributed import gather_over_ranks
 from humanline.dtypes import at_least_float32
 from humanline.rows import Layout
@@ -40,6 +46,8 @@ def group_advantages(
         ValueError: shapes, dtypes or devices do not fit; an unknown ``scale_rewards``; a reward is
             not finite.
     """
+    require_tensors(rewards=rewards, prompt_ids=prompt_ids)
+    require_numbers(epsilon=epsilon)
     scale = {True: "group", False: "none"}.get(scale_rewards, scale_rewards)
     require(
         scale in ("group", "batch", "none"),

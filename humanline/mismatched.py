@@ -7,7 +7,13 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from humanline.checks import require, require_same_device
+from humanline.checks import (
+    require,
+    require_mask,
+    require_same_device,
+    require_tensors,
+    require_tensors_or_none,
+)
 from humanline.rows import IGNORE_INDEX, Layout
 
 
@@ -55,6 +61,8 @@ def mismatched_rows(
     Raises:
         ValueError: fewer than two sequences; shapes or devices do not fit.
     """
+    require_tensors(input_ids=input_ids, labels=labels)
+    require_tensors_or_none(attention_mask=attention_mask, cu_seqlens=cu_seqlens)
     require(
         (attention_mask is None) != (cu_seqlens is None),
         "padded sequences come with attention_mask, packed ones with cu_seqlens: give one of them",
@@ -68,6 +76,7 @@ def mismatched_rows(
         ),
     )
     require_same_device(input_ids=input_ids, labels=labels, mask=mask, cu_seqlens=cu_seqlens)
+    require_mask("attention_mask", mask)
     layout = Layout.of(mask, cu_seqlens)
     _require_two(layout.num_sequences)
     tokens = torch.stack([input_ids.reshape(-1), labels.reshape(-1)], 1)[layout.mask]

@@ -12,18 +12,25 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from humanline import philox
+from humanline import checks, philox
 
 __all__ = ["BetaRejection", "Clip", "Identity", "Perception", "ProspectWeight", "capacity"]
 
 
 @dataclass(frozen=True)
 class Perception:
-    """Base of all perceptions: subclass it and define :meth:`perceive`."""
+    """Base of all perceptions: subclass it and define :meth:`perceive`.
+
+    Raises:
+        TypeError: a field declared as a number is none, such as ``Clip("a", 1)``.
+    """
 
     #: Whether a token's perception depends on the other tokens of the batch. If so, an objective
     #: cannot decide a row's gradient before all rows are known.
     needs_batch: ClassVar[bool] = False
+
+    def __post_init__(self):
+        checks.require_fields(self)
 
     @property
     def bounds(self) -> tuple[float, float] | None:
@@ -75,6 +82,7 @@ class Clip(Perception):
     log_eps_R: float = 1.5
 
     def __post_init__(self):
+        super().__post_init__()
         if math.isnan(self.log_eps_P) or math.isnan(self.log_eps_R):
             raise ValueError(
                 f"Clip bounds must be numbers, got log_eps_P={self.log_eps_P}, "
@@ -124,6 +132,7 @@ class BetaRejection(Perception):
     needs_batch: ClassVar[bool] = True
 
     def __post_init__(self):
+        super().__post_init__()
         for name in ("gamma_P", "gamma_R", "beta_P", "beta_R"):
             value = getattr(self, name)
             if not (0 < value < math.inf):
@@ -171,6 +180,7 @@ class ProspectWeight(Perception):
     needs_batch: ClassVar[bool] = True
 
     def __post_init__(self):
+        super().__post_init__()
         for name in ("gamma_gain", "gamma_loss"):
             value = getattr(self, name)
             if not 0.28 < value <= 1:

@@ -42,7 +42,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from humanline.checks import require
+from humanline import copies
+from humanline.checks import require, require_integers
 from humanline.distributed import local_shard, reshard, sharded_modules
 
 Score = Callable[[nn.Module, Any], Any]
@@ -65,6 +66,7 @@ class Reference:
     """
 
     def __init__(self, policy: nn.Module, score: Score, sync_every: int = 1):
+        require_integers(sync_every=sync_every)
         require(
             sync_every >= 0, lambda: f"sync_every must be 0 (never) or positive, got {sync_every}"
         )
@@ -188,8 +190,10 @@ class ReferenceCopy(_ReferenceWithWeights):
 
     Raises:
         ValueError: see :class:`Reference`; ``model`` has other weights than the policy, or shards
-            them otherwise; it is missing and FSDP2 shards the policy; the policy is partitioned by
-            DeepSpeed ZeRO-3.
+            them otherwise, or is the policy itself; it is missing and FSDP2 shards the policy; the
+            policy is partitioned by DeepSpeed ZeRO-3. The model computes with the policy's weights,
+            because its ``forward`` was replaced by a function that calls the policy's: found here,
+            or when the first batches are scored.
     """
 
     def __init__(
@@ -206,6 +210,37 @@ class ReferenceCopy(_ReferenceWithWeights):
         ours = _tensors(self.model)
         _require_alike(ours, _tensors(self.policy), "model")
         self.snapshot = {name: ours[name] for name in self._live()}
+        self._require_apart()
+        self._apart = bool(sharded_modules(self.policy))  # seen to be so; a DTensor is not watched
+
+    def _require_apart(self) -> None:
+        own = {id(t) for t in self.snapshot.values()}
+        shared = [name for name, t in _changing(self.policy).items() if id(t) in own]
+        require(
+            not shared,
+            lambda: (
+                f"model holds the policy's own {shared[0]}, which changes with the policy: pass "
+                "another model, or leave it out for a copy"
+            ),
+        )
+        borrowed = copies.borrowed_forward(self.model, self.policy)
+        if borrowed is not None:
+            what = f"the forward of {borrowed or type(self.model).__name__} was replaced"
+            raise self._borrows(f"{what} by a function that calls the policy's")
+
+    def _borrows(self, how: str) -> ValueError:
+        return ValueError(f"the reference would be scored with the policy: {how}. {copies.ADVICE}")
+
+    def _scores(self, batches: list[Any]) -> list[Any]:
+        if self._apart or not batches:
+            return super()._scores(batches)
+        with copies.watched(
+            _changing(self.policy),
+            lambda name: self._borrows(f"scoring {type(self.model).__name__} used its {name}"),
+        ):
+            scores = super()._scores(batches)
+        self._apart = True
+        return scores
 
     def _live(self) -> dict[str, Tensor]:
         return _changing(self.policy) if self.shares_frozen else _tensors(self.policy)

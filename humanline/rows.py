@@ -70,9 +70,19 @@ class Layout:
 
     def sum(self, x: Tensor) -> Tensor:
         """Sum of row values ``[N]`` over each sequence: ``[S]``."""
+        self._require_all(x.shape)
         if self.cu_seqlens is None:
             return x.view(self.shape).sum(1)
         return _SegmentSum.apply(x, self.cu_seqlens, self.sequence_of_row)
+
+    def _require_all(self, shape: torch.Size) -> None:
+        require(
+            shape == self.mask.shape,
+            lambda: (
+                f"sums over sequences need all {len(self.mask)} rows of the batch, got values of "
+                f"shape {list(shape)}; a TokenObjective may be handed a block of rows"
+            ),
+        )
 
     def mean(self, x: Tensor) -> Tensor:
         """Sum of row values over each sequence, divided by its completion tokens (0 if none)."""
@@ -191,6 +201,12 @@ class Rows:
         return cls(*unknown, layout.mask, layout.length_of_row, layout)
 
     @property
+    def requires_grad(self) -> bool:
+        """Whether anything of the policy in them does."""
+        policys = (self.logps, self.entropy)
+        return any(x is not None and x.requires_grad for x in policys)
+
+    @property
     def perceived_logps(self) -> Tensor:
         """``logps``, with the gradient that the perception leaves them."""
         return self.logps.detach() + (self.log_ratio - self.log_ratio.detach()).nan_to_num()
@@ -215,6 +231,7 @@ class Rows:
 
     def expand(self, x: Tensor) -> Tensor:
         """Row values ``[N]`` from per-sequence values ``[S]``."""
+        self.layout._require_all(self.mask.shape)
         return self.layout.expand(x)
 
     def token_mean(self, x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from humanline import autograd
+from humanline import autograd, checks
 from humanline.dtypes import at_least_float32
 from humanline.rows import Layout, Rows
 
@@ -119,24 +119,122 @@ class Evaluation:
 def evaluate(
     problem: Problem, logps: Tensor, entropy: Tensor | None, index: Tensor | None = None
 ) -> Evaluation:
-    """The seam itself, for flat log-probs ``[N]`` of all rows, or of those in ``index``."""
+    """The seam itself, for flat log-probs ``[N]`` of all rows, or of those in ``index``.
+
+    Raises:
+        TypeError, ValueError: what the objective returns is no loss; within
+            :func:`~humanline.debug`, it depends on the policy, or on other rows, unseen.
+    """
+    evaluation = _evaluate(problem, logps, entropy, index)
+    if checks.debugging() and index is None and evaluation.coefficients.logps is not None:
+        _check_coupling(problem, logps, entropy, evaluation.coefficients)
+    return evaluation
+
+
+def _evaluate(
+    problem: Problem, logps: Tensor, entropy: Tensor | None, index: Tensor | None = None
+) -> Evaluation:
     objective, batch = problem.objective, problem.batch_of(index)
     if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
         # Dynamo does not trace autograd.grad: there the loss stays a plain graph, and autograd
         # finds the coefficients in the backward.
         rows = problem.rows(logps, entropy, index)
-        return Evaluation(objective.loss(rows, **batch), Coefficients(None, None), rows)
+        loss = _scalar(objective, objective.loss(rows, **batch))
+        return Evaluation(loss, Coefficients(None, None), rows)
     with torch.enable_grad():
         leaves = [x.detach().requires_grad_() for x in (logps, entropy) if x is not None]
         rows = problem.rows(leaves[0], leaves[1] if entropy is not None else None, index)
-        loss = objective.loss(rows, **batch)
+        loss = _scalar(objective, objective.loss(rows, **batch))
         if loss.requires_grad:
             grads = list(torch.autograd.grad(loss, leaves, materialize_grads=True))
         else:  # nothing in it depends on the policy
             grads = [torch.zeros_like(leaf) for leaf in leaves]
+            if checks.debugging() and entropy is None:
+                _check_detached(problem, logps, index, loss)
     if entropy is None:
         grads.append(None)
     return Evaluation(loss.detach(), Coefficients(*grads), rows)
+
+
+def _scalar(objective: Any, loss: Any) -> Tensor:
+    name = f"{type(objective).__name__}.loss()"
+    checks.require(
+        isinstance(loss, Tensor),
+        lambda: f"{name} must return a scalar tensor, got {checks.given(loss)}",
+        error=TypeError,
+    )
+    checks.require(
+        loss.dim() == 0 and loss.is_floating_point(),
+        lambda: f"{name} must return a floating-point scalar, got {loss.dtype} {list(loss.shape)}",
+    )
+    return loss
+
+
+# What is taken at an objective's word, looked at within debug()
+
+
+def _check_detached(problem: Problem, logps: Tensor, index: Tensor | None, loss: Tensor) -> None:
+    """A loss that autograd does not connect with the policy is the same for another policy."""
+    rows = problem.rows(logps.detach() - 1, None, index)
+    moved = problem.objective.loss(rows, **problem.batch_of(index))
+    checks.require(
+        torch.allclose(moved, loss, equal_nan=True),
+        lambda: (
+            f"{type(problem.objective).__name__}.loss() depends on the policy and is detached from "
+            f"it: {loss.item()} becomes {moved.item()} with all log-probs 1 less, and it has no "
+            "gradient"
+        ),
+    )
+
+
+def _check_coupling(
+    problem: Problem, logps: Tensor, entropy: Tensor | None, coefficients: Coefficients
+) -> None:
+    """Half the rows, sequences or pairs get the same coefficients when the others are not there."""
+    coupling, layout = problem.coupling, problem.layout
+    if coupling == "batch":
+        return
+    unit = torch.arange(len(logps), device=logps.device)
+    if coupling != "token":
+        sequences = layout.num_sequences
+        of_sequence = torch.arange(sequences, device=logps.device)
+        unit = layout.expand(of_sequence % (sequences // 2) if coupling == "pair" else of_sequence)
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.rand(len(logps), generator=generator).to(logps.device) < 0.5
+    kept = drawn[unit]
+    rows = kept.nonzero().squeeze(1)
+    name = type(problem.objective).__name__
+    what = {
+        "token": f"{name} is a TokenObjective: a row's share of the loss",
+        "sequence": f'{name} has coupling "sequence": a row\'s gradient',
+        "pair": f'{name} has coupling "pair": a row\'s gradient',
+    }[coupling]
+    whose = "that row" if coupling == "token" else f"the rows of its {coupling}"
+    told = f'{what} must depend on {whose} alone; for more, it is an Objective of coupling "batch"'
+    try:
+        alone = _alone(problem, logps, entropy, kept, rows)
+    except (RuntimeError, ValueError, IndexError) as error:
+        raise ValueError(f"{told}. Without the other rows: {error}") from error
+    for ours, theirs in ((coefficients.logps, alone.logps), (coefficients.entropy, alone.entropy)):
+        if ours is None or not len(rows):
+            continue
+        ours = ours[rows]
+        off = (ours - theirs).abs() > 1e-4 * ours.nan_to_num(0, 0, 0).abs().amax()
+        if off.any():
+            i = int(off.nonzero()[0])
+            raise ValueError(
+                f"{told}. The coefficient of row {int(rows[i])} is {ours[i].item()}, and "
+                f"{theirs[i].item()} without the other rows"
+            )
+
+
+def _alone(problem, logps, entropy, kept: Tensor, rows: Tensor) -> Coefficients:
+    """Coefficients of some rows as those get them who know no others yet."""
+    if problem.coupling == "token":
+        some = None if entropy is None else entropy[rows]
+        return _evaluate(problem, logps[rows], some, rows).coefficients
+    some = None if entropy is None else torch.where(kept, entropy, 0)
+    return _evaluate(problem, torch.where(kept, logps, 0), some).coefficients.take(rows)
 
 
 def finish(

@@ -28,7 +28,8 @@ class Objective:
         perception: how log-ratios to the reference are perceived before the loss sees them.
 
     Raises:
-        TypeError: ``perception`` is not a :class:`~humanline.perception.Perception`.
+        TypeError: ``perception`` is not a :class:`~humanline.perception.Perception`; an option
+            declared as a number, a name or a flag is none, such as ``beta="0.1"``.
         ValueError: a perception was given to an objective that has no reference.
     """
 
@@ -54,6 +55,7 @@ class Objective:
             raise TypeError(
                 f"perception must be a humanline Perception such as Clip(), got {self.perception!r}"
             )
+        checks.require_fields(self)
         if not self.needs_reference and self.perception != Identity():
             raise ValueError(
                 f"{name} is reference-free: there is no log-ratio to perceive, so perception must "
@@ -123,8 +125,16 @@ class Objective:
             The loss, a differentiable scalar, and a dict of detached statistics.
 
         Raises:
-            ValueError: shapes, dtypes or devices do not fit; something needed is missing.
+            TypeError: something else than a tensor or a number.
+            ValueError: shapes, dtypes or devices do not fit, or something needed is missing; a
+                DTensor; what an objective of one's own returns is no loss. Where looking is free,
+                on a CPU, and within :func:`~humanline.debug`: a mask with other values than 0 and
+                1, log-probs of the reference that are not finite, a label outside ``[0, V)`` that
+                is not -100. Within it alone: an objective whose rows depend on more rows than its
+                ``coupling`` says.
         """
+        checks.require_tensors(policy_logps=policy_logps, mask=mask)
+        checks.require_tensors_or_none(entropy=entropy, cu_seqlens=cu_seqlens)
         checks.require_floating(policy_logps=policy_logps, entropy=entropy)
         checks.require(
             policy_logps.shape == mask.shape,
@@ -140,6 +150,7 @@ class Objective:
             ),
         )
         checks.require_same_device(policy_logps=policy_logps, mask=mask, entropy=entropy)
+        checks.require_mask("mask", mask)
         problem = self._problem(Layout.of(mask, cu_seqlens), ref_logps, batch)
         checks.require(
             entropy is not None or not self.needs_entropy,
@@ -168,7 +179,8 @@ class Objective:
             ref_logps: log-probs of the reference, shape of ``labels``, at the same temperature.
             temperature: divides the logits; a float, or a tensor with one value a row.
             cu_seqlens, backend, **batch: see :meth:`from_logps`.
-            inplace: let the gradient overwrite ``logits``, which spares a buffer of their size.
+            inplace: let the gradient overwrite ``logits``, which spares a buffer of their size;
+                they are contiguous, or cut from such along T, like ``logits[:, :-1]``.
                 Token-level objectives only. Autograd raises if anything still needs the logits.
                 Spares nothing with float16 logits or under ``torch.compile``, where the gradient
                 is not formed in the forward. On the Triton backend an objective without a device
@@ -176,6 +188,8 @@ class Objective:
 
         Returns, raises: see :meth:`from_logps`.
         """
+        checks.require_tensors(logits=logits, labels=labels)
+        checks.require_tensors_or_none(cu_seqlens=cu_seqlens)
         layout = Layout.of(labels != IGNORE_INDEX, cu_seqlens)
         ops.check_logits(logits, labels, temperature)
         problem = self._problem(layout, ref_logps, batch)
@@ -231,6 +245,8 @@ class Objective:
 
         Returns, raises: see :meth:`from_logps`.
         """
+        checks.require_tensors(hidden=hidden, weight=weight, labels=labels)
+        checks.require_tensors_or_none(cu_seqlens=cu_seqlens)
         layout = Layout.of(labels != IGNORE_INDEX, cu_seqlens)
         head = ops.Head(bias, temperature, logit_scale, logit_softcap)
         ops.check_hidden(hidden, weight, labels, head)
@@ -250,7 +266,7 @@ class Objective:
             + ("ref_hidden without ref_weight" if ref_logps is None else "both"),
         )
         ref_head = replace(head, bias=ref_bias)
-        ops.check_hidden(ref_hidden, ref_weight, labels, ref_head)
+        ops.check_hidden(ref_hidden, ref_weight, labels, ref_head, "ref_")
         # Whatever is wrong with the batch is found before the reference's GEMM runs.
         unknown = torch.zeros(labels.shape, device=labels.device)
         problem = self._problem(layout, unknown, batch)
@@ -273,7 +289,11 @@ class Objective:
         )
 
     def _problem(self, layout: Layout, ref_logps: Tensor | None, batch: dict[str, Any]) -> Problem:
+        for name, x in batch.items():  # an objective of one's own may take what it likes, but whole
+            if isinstance(x, Tensor):
+                checks.require_tensors(**{name: x})
         if ref_logps is not None:
+            checks.require_tensors(ref_logps=ref_logps)
             checks.require_floating(ref_logps=ref_logps)
             checks.require(
                 tuple(ref_logps.shape) == layout.shape,
@@ -284,6 +304,7 @@ class Objective:
             )
             checks.require_same_device(rows=layout.mask, ref_logps=ref_logps)
             ref_logps = at_least_float32(ref_logps.detach()).reshape(-1)
+            checks.require_finite("ref_logps", ref_logps, layout.mask)
         return Problem(self, layout, ref_logps, self.prepare(layout, ref_logps, **batch))
 
     def require_ref_logps(self, ref_logps: Tensor | None) -> None:
@@ -306,7 +327,9 @@ class TokenObjective(Objective):
     def token_loss(self, rows: Rows, **batch: Any) -> Tensor:
         """Each row's share ``[n]`` of the loss; their sum is the loss. Masked rows are ignored.
 
-        ``rows.token_mean`` and ``rows.sequence_mean`` turn per-token values into such shares.
+        ``rows.token_mean`` and ``rows.sequence_mean`` turn per-token values into such shares. They
+        must be differentiable with respect to the rows, and a row's must not depend on another:
+        ``rows`` may be all of the batch or a block of it. :func:`~humanline.debug` looks at that.
         """
         raise NotImplementedError(f"{type(self).__name__} does not define token_loss()")
 
@@ -320,7 +343,23 @@ class TokenObjective(Objective):
         return None
 
     def loss(self, rows: Rows, **batch: Any) -> Tensor:
-        return torch.where(rows.mask, self.token_loss(rows, **batch), 0).sum()
+        shares = self.token_loss(rows, **batch)
+        name = f"{type(self).__name__}.token_loss()"
+        is_tensor = isinstance(shares, Tensor)
+        checks.require(
+            is_tensor and shares.shape == rows.mask.shape,
+            lambda: (
+                f"{name} must return a tensor {list(rows.mask.shape)}, each row's share of the "
+                f"loss, got {checks.given(shares)}"
+            ),
+            error=ValueError if is_tensor else TypeError,
+        )
+        checks.require(
+            shares.requires_grad or not (torch.is_grad_enabled() and rows.requires_grad),
+            f"{name} must be differentiable with respect to the rows it is given, got shares that "
+            "are detached from them: from detach(), item(), no_grad() or rows.ref_logps alone",
+        )
+        return torch.where(rows.mask, shares, 0).sum()
 
     def prepare(self, layout: Layout, ref_logps: Tensor | None, **batch: Any) -> dict[str, Any]:
         """As in :class:`Objective`; besides, every tensor becomes flat row values ``[N]``."""
@@ -333,6 +372,8 @@ class TokenObjective(Objective):
 
 def as_count(num_items: int | Tensor | None) -> int | Tensor | None:
     """A normaliser the caller counted: at least 1, a number or a scalar tensor."""
+    if num_items is not None:
+        checks.require_number_or_tensor("num_items_in_batch", num_items)
     if isinstance(num_items, Tensor):
         checks.require(
             num_items.numel() == 1,

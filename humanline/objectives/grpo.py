@@ -54,6 +54,7 @@ class PolicyObjective(TokenObjective):
     ) -> dict[str, Any]:
         name = type(self).__name__
         checks.require(advantages is not None, lambda: f"{name} needs advantages, [S] or one a row")
+        checks.require_tensors(advantages=advantages)
         if self.beta != 0:
             self.require_ref_logps(ref_logps)
         if isinstance(old_logps, str):
@@ -62,6 +63,7 @@ class PolicyObjective(TokenObjective):
                 lambda: f'old_logps must be a tensor or "policy", got {old_logps!r}',
             )
         elif old_logps is not None:
+            checks.require_tensors(old_logps=old_logps)
             checks.require_floating(old_logps=old_logps)
             checks.require(
                 tuple(old_logps.shape) == layout.shape,
@@ -78,6 +80,8 @@ class PolicyObjective(TokenObjective):
             advantages=advantages,
             old_logps=old_logps if isinstance(old_logps, Tensor) else None,
         )
+        if isinstance(old_logps, Tensor):
+            checks.require_finite("old_logps", old_logps, layout.mask)
         return {"advantages": layout.rows(advantages, "advantages"), "old_logps": old_logps}
 
     def anchor(self, logps, ref_logps, *, old_logps=None, **batch) -> Tensor:

@@ -63,6 +63,7 @@ class KTO(Objective):
     ) -> dict[str, Any]:
         self.require_ref_logps(ref_logps)
         checks.require(desirable is not None, "KTO needs desirable, a bool tensor [S]")
+        checks.require_tensors(desirable=desirable)
         checks.require(
             tuple(desirable.shape) == (layout.num_sequences,),
             lambda: (
@@ -70,6 +71,9 @@ class KTO(Objective):
             ),
         )
         checks.require_same_device(rows=layout.mask, desirable=desirable)
+        checks.require_mask("desirable", desirable)
+        if z0 is not None:
+            checks.require_number_or_tensor("z0", z0)
         if self.loss_type == "apo_zero_unpaired":
             z0 = 0.0
         elif z0 is None:
@@ -94,6 +98,8 @@ class KTO(Objective):
                 f"mismatched pairs; missing {', '.join(missing)}"
             ),
         )
+        checks.require_tensors(kl_logps=logps, kl_ref_logps=ref_logps, kl_mask=mask)
+        checks.require_tensors_or_none(kl_cu_seqlens=cu_seqlens)
         checks.require(
             logps.shape == ref_logps.shape == mask.shape,
             lambda: (
@@ -105,9 +111,11 @@ class KTO(Objective):
         checks.require_same_device(
             rows=rows.mask, kl_logps=logps, kl_ref_logps=ref_logps, kl_mask=mask
         )
+        checks.require_mask("kl_mask", mask)
         layout = Layout.of(mask, cu_seqlens)
         checks.require(layout.num_sequences > 0, "KTO's reference point needs a mismatched pair")
         logps, ref_logps = (at_least_float32(x.detach()).reshape(-1) for x in (logps, ref_logps))
+        checks.require_finite("kl_ref_logps", ref_logps, layout.mask)
         d = torch.where(layout.mask, logps - ref_logps, 0)
         c = torch.where(layout.mask, self.perception.perceive(d, layout.mask)[0], 0)
         return mean_over_ranks(layout.sum(c).mean()).clamp(min=0)

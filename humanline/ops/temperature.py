@@ -9,6 +9,7 @@ from humanline import checks
 
 
 def check_temperature(temperature: float | Tensor, labels: Tensor) -> None:
+    checks.require_number_or_tensor("temperature", temperature)
     if not isinstance(temperature, Tensor):
         checks.require(
             0 < temperature < math.inf,

@@ -153,6 +153,7 @@ def block_rows(
     Raises:
         ValueError: not even one row fits.
     """
+    checks.require_integers(workspace_bytes=workspace_bytes)
     per_row = kind.bytes_per_row(weight, head, with_entropy)
     checks.require(
         workspace_bytes >= per_row,

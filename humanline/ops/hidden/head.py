@@ -27,12 +27,21 @@ class Head:
         return replace(self, temperature=row_temperature(self.temperature, labels))
 
 
-def check_hidden(hidden: Tensor, weight: Tensor, labels: Tensor, head: Head) -> None:
-    """Raise ValueError unless these fit together."""
+def check_hidden(
+    hidden: Tensor, weight: Tensor, labels: Tensor, head: Head, prefix: str = ""
+) -> None:
+    """Raise ValueError or TypeError unless these fit together.
+
+    Args:
+        prefix: of the names of hidden, weight and bias in messages about their types.
+    """
+    checks.require_tensors(**{prefix + "hidden": hidden, prefix + "weight": weight}, labels=labels)
+    checks.require_tensors_or_none(**{prefix + "bias": head.bias})
+    checks.require_numbers(logit_scale=head.logit_scale)
+    checks.require_numbers_or_none(logit_softcap=head.logit_softcap)
     checks.require_floating(hidden=hidden, weight=weight, bias=head.bias)
-    _require_whole(hidden=hidden, weight=weight, bias=head.bias)
     checks.require(
-        hidden.dim() >= 2 and hidden.shape[:-1] == labels.shape,
+        hidden.dim() >= 1 and hidden.shape[:-1] == labels.shape,
         lambda: (
             f"hidden [..., H] and labels [...] must agree, got {list(hidden.shape)} and "
             f"{list(labels.shape)}"
@@ -63,15 +72,3 @@ def check_hidden(hidden: Tensor, weight: Tensor, labels: Tensor, head: Head) -> 
     checks.require_same_device(hidden=hidden, weight=weight, labels=labels, bias=head.bias)
     checks.require_labels(labels, weight.shape[0], IGNORE_INDEX)
     check_temperature(head.temperature, labels)
-
-
-def _require_whole(**tensors: Tensor | None) -> None:
-    for name, x in tensors.items():
-        sharding = getattr(x, "placements", None)  # of a DTensor
-        checks.require(
-            sharding is None,
-            lambda name=name, sharding=sharding: (
-                f"{name} is a DTensor with placements {sharding}: pass {name}.full_tensor(), or "
-                f"unshard the module that holds it first (FSDP2: module.unshard())"
-            ),
-        )

@@ -18,7 +18,7 @@ def row_blocks(logits: Tensor, wanted: Tensor) -> Iterator[tuple[Tensor, Selecti
         same rows counted from the start of ``logits``. A run of rows is a slice, else indices.
     """
     rows = max(1, BLOCK_BYTES // (4 * logits.shape[-1]))
-    for start, view in _row_views(logits):
+    for start, view in row_views(logits):
         here = wanted[start : start + len(view)].nonzero().squeeze(1)
         for index in here.split(rows):
             if len(index) == 0:
@@ -27,13 +27,26 @@ def row_blocks(logits: Tensor, wanted: Tensor) -> Iterator[tuple[Tensor, Selecti
             yield view, local, _shift(local, start)
 
 
-def _row_views(logits: Tensor) -> Iterator[tuple[int, Tensor]]:
+def row_views(logits: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Matrices of rows of ``[..., V]``, each with the number of its first row: as few as there can
+    be without a copy, for up to three dimensions."""
     vocab = logits.shape[-1]
     if logits.dim() == 3 and not logits.is_contiguous():  # such as logits[:, :-1]
         for b, view in enumerate(logits):
             yield b * logits.shape[1], view
     else:
         yield 0, logits.reshape(-1, vocab)
+
+
+def can_be_overwritten(logits: Tensor) -> bool:
+    """Whether all rows lie one after the other, in the batch or in each of its sequences, which do
+    not overlap: then :func:`row_views` are dense, and the kernels take the tensor as it is."""
+    if logits.is_contiguous() or logits.dim() != 3:
+        return logits.is_contiguous()
+    _, length, vocab = logits.shape
+    batch_stride, *row_strides = logits.stride()
+    whole_rows = batch_stride % vocab == 0 and batch_stride >= length * vocab
+    return row_strides == [vocab, 1] and whole_rows
 
 
 def _as_slice(index: Tensor) -> Selection:

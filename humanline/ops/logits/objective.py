@@ -8,7 +8,13 @@ from torch import Tensor
 
 from humanline import autograd, checks
 from humanline.dtypes import compute_dtype
-from humanline.ops.logits.blocks import indices, row_blocks, zero_rows_
+from humanline.ops.logits.blocks import (
+    can_be_overwritten,
+    indices,
+    row_blocks,
+    row_views,
+    zero_rows_,
+)
 from humanline.ops.scaling import multiply, scaled_gradient
 from humanline.ops.softmax import SoftmaxBlock
 from humanline.ops.temperature import divide_by_temperature, row_temperature
@@ -63,9 +69,13 @@ def _of_a_leaf(x: Tensor) -> bool:
 
 def _check_inplace(logits: Tensor) -> None:
     checks.require(
-        not _of_a_leaf(logits) and logits.is_contiguous(),
-        "inplace=True overwrites logits: they must be contiguous, and the result of a computation "
-        "rather than a leaf",
+        not _of_a_leaf(logits) and can_be_overwritten(logits),
+        lambda: (
+            "inplace=True overwrites logits: they must be contiguous, or cut from such along T as "
+            "logits[:, :-1] is, and the result of a computation rather than a leaf; got "
+            f"{'a leaf' if _of_a_leaf(logits) else 'a tensor'} of shape {list(logits.shape)} and "
+            f"strides {list(logits.stride())}"
+        ),
     )
 
 
@@ -82,7 +92,8 @@ class _LogitsObjective(torch.autograd.Function):
         if ctx.by_kernel:
             evaluation = _in_triton(problem, logits, labels, temperature, kernel_arguments, out)
         else:
-            evaluation = _in_torch(problem, logits, labels, temperature, out)
+            source = out if inplace else logits
+            evaluation = _in_torch(problem, source, labels, temperature, out, inplace)
         if inplace:  # so that autograd notices if another backward wanted the logits
             torch.autograd.graph.increment_version(logits)
         ctx.save_for_backward(out)
@@ -99,7 +110,8 @@ class _LogitsObjective(torch.autograd.Function):
         (grad,) = ctx.saved_tensors
         ctx.spent = ctx.by_kernel or ctx.inplace
         if ctx.by_kernel:
-            _scale_(grad, upstream)
+            for _, rows in row_views(grad):
+                _scale_(rows, upstream)
         elif ctx.inplace:
             multiply(grad, upstream, grad)
         else:
@@ -173,15 +185,18 @@ def _scale_(x: Tensor, factor: Tensor) -> None:
     scale_(x, factor)
 
 
-def _in_torch(problem, logits, labels, temperature, out: Tensor) -> Evaluation:
+def _in_torch(problem, logits, labels, temperature, out: Tensor, inplace: bool) -> Evaluation:
     dtype, with_entropy = compute_dtype(logits.dtype), problem.objective.needs_entropy
-    grad_rows = out.view(-1, logits.shape[-1])
-    zero_rows_(grad_rows, labels == IGNORE_INDEX)
+    masked = labels == IGNORE_INDEX
+    for start, view in row_views(out):
+        zero_rows_(view, masked[start : start + len(view)])
     logps = logits.new_zeros(len(labels), dtype=dtype)
     entropy = torch.zeros_like(logps) if with_entropy else None
-    for view, local, rows in row_blocks(logits, labels != IGNORE_INDEX):
-        in_place = out.dtype == dtype and isinstance(rows, slice)
-        z = grad_rows[rows].copy_(view[local]) if in_place else view[local].to(dtype, copy=True)
+    for view, local, rows in row_blocks(logits, ~masked):
+        # Rows of the gradient: of the logits' own memory, or of a contiguous buffer.
+        grad, here = (view, local) if inplace else (out.view(-1, logits.shape[-1]), rows)
+        in_place = out.dtype == dtype and isinstance(here, slice)
+        z = grad[here].copy_(view[local]) if in_place else view[local].to(dtype, copy=True)
         divide_by_temperature(z, temperature, rows)
         block = SoftmaxBlock(z, labels[rows].long(), with_entropy)
         logps[rows] = block.logps
@@ -194,5 +209,5 @@ def _in_torch(problem, logits, labels, temperature, out: Tensor) -> Evaluation:
         divide_by_temperature(dz, temperature, rows)
         dz.index_fill_(0, (~coefficients.active()).nonzero().squeeze(1), 0)
         if not in_place:
-            grad_rows[rows] = dz.to(out.dtype)
+            grad[here] = dz.to(out.dtype)
     return evaluate(problem, logps, entropy)

@@ -40,7 +40,8 @@ def token_logps(
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit; a label outside ``[0, V)`` that is not
-            -100; a temperature that is not positive.
+            -100; a temperature that is not positive; a DTensor.
+        TypeError: something else than a tensor or a number.
     """
     check_logits(logits, labels, temperature)
     temperature = row_temperature(temperature, labels)
@@ -58,6 +59,7 @@ def shift(labels: Tensor) -> Tensor:
     Returns:
         ``[B, T]``: ``labels[b, t+1]`` at position ``t``, -100 at the last.
     """
+    checks.require_tensors(labels=labels)
     checks.require(
         labels.dim() == 2, lambda: f"labels must have shape [B, T], got {list(labels.shape)}"
     )
@@ -65,9 +67,10 @@ def shift(labels: Tensor) -> Tensor:
 
 
 def check_logits(logits: Tensor, labels: Tensor, temperature: float | Tensor) -> None:
+    checks.require_tensors(logits=logits, labels=labels)
     checks.require_floating(logits=logits)
     checks.require(
-        logits.dim() >= 2 and logits.shape[:-1] == labels.shape,
+        logits.dim() >= 1 and logits.shape[:-1] == labels.shape,
         lambda: (
             f"logits [..., V] and labels [...] must agree, got {list(logits.shape)} and "
             f"{list(labels.shape)}"
