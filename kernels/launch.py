@@ -9,6 +9,10 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .interpreter import correct_interpreter
+
+correct_interpreter()
+
 
 @dataclass(frozen=True)
 class RowTensor:

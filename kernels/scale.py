@@ -9,6 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .interpreter import correct_interpreter
+
+correct_interpreter()
+
 
 @triton.jit(do_not_specialize=["rows"])
 def humanline_scale(x_ptr, factor_ptr, rows, V, BLOCK: tl.constexpr):
