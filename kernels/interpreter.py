@@ -4,6 +4,8 @@
 - It multiplies the bit patterns of bfloat16 matrices as integers.
 - It multiplies the others by numpy's BLAS, whose order of summation, and with it the last bits of a
   row, depends on the processor and on the rows around it. No program on a GPU knows of these.
+- Triton 3.6 ends a loop at a number that a kernel loaded, such as a count of rows, by a conversion
+  that numpy 2.4 refuses.
 
 The interpreter is one for the whole process, so the kernels of others get the right values too.
 """
@@ -27,6 +29,7 @@ def correct_interpreter() -> None:
         return
     interpreter._convert_float = _rounding_to_nearest(interpreter)
     interpreter.InterpreterBuilder.create_dot = _multiplying_in_order(interpreter)
+    interpreter._patch_lang_tensor = _with_index(interpreter._patch_lang_tensor)
 
 
 def _rounding_to_nearest(interpreter):
@@ -39,6 +42,16 @@ def _rounding_to_nearest(interpreter):
         return rounded.view(torch.uint16).numpy()  # their bits, as the interpreter holds them
 
     return convert
+
+
+def _with_index(patch_lang_tensor):
+    """A scalar is an array of one element, of whatever shape."""
+
+    def patch(tensor, scope):
+        patch_lang_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda x: int(x.handle.data.item()))
+
+    return patch
 
 
 def _multiplying_in_order(interpreter):
