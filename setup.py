@@ -32,7 +32,8 @@ TEST = [
     "accelerate",
     "datasets",
     "kernels",
-    "pytest>=8",
+    "pytest>=8.2",  # reads arguments from @tests/core.txt
+    "pytest-xdist",
     "ruff",
     "setuptools>=77",  # tests/test_packaging.py builds without isolation, hence without downloads
     "wheel",

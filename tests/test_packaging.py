@@ -212,7 +212,7 @@ def test_ci_runs_the_readme_test_command():
     readme = (REPO / "README.md").read_text(encoding="utf-8")
     blocks = re.findall(r"^```[^\n]*\n(.*?)^```", readme, re.M | re.S)
     lines = "".join(blocks).replace("\\\n", " ").splitlines()
-    commands = {" ".join(line.split()) for line in lines if line.endswith("-m pytest")}
+    commands = {" ".join(line.split()) for line in lines if "-m pytest" in line}
     assert len(commands) == 1, f"README.md should have one test command: {commands}"
     script = (REPO / ".ci/run").read_text(encoding="utf-8")
     assert commands <= {line.strip() for line in script.splitlines()}
