@@ -1,6 +1,6 @@
 """Mismatched pairs, a prompt with another's completion: KTO takes its reference point from them."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
@@ -17,21 +17,91 @@ from humanline.checks import (
 from humanline.rows import IGNORE_INDEX, Layout
 
 
-def mismatched_pairs(prompts: Sequence[Any], completions: Sequence[Any]) -> list[tuple[Any, Any]]:
-    """Each prompt with the completion of the next, the last with that of the first.
+def mismatched_indices(prompts: Sequence[Any], completions: Sequence[Any]) -> list[int | None]:
+    """For each prompt, the index of a completion that is none of its own.
+
+    A prompt's own completions are those of all rows that hold it: a completion of another row may
+    be the same text, and would make a pair that matches. All prompts take the completion one row
+    on; where that will not do for one of them, two rows on, and so forth: each completion is used
+    once. Where no step suits all, each prompt takes the next completion that suits it.
 
     Args:
-        prompts, completions: those of a batch, texts or token ids, in the same order.
+        prompts, completions: ``S`` of each, in the same order: texts, chats, or token ids as lists
+            or tensors. They are compared by value.
+
+    Returns:
+        ``S`` indices; None where every completion is one of the prompt's own.
 
     Raises:
-        ValueError: fewer than two, or not as many completions as prompts.
+        ValueError: not as many completions as prompts.
     """
     require(
         len(prompts) == len(completions),
         lambda: f"got {len(prompts)} prompts, but {len(completions)} completions",
     )
-    _require_two(len(prompts))
-    return list(zip(prompts, [*completions[1:], completions[0]], strict=True))
+    prompts, completions = [*map(_value, prompts)], [*map(_value, completions)]
+    own: dict[Hashable, set[Hashable]] = {}
+    for prompt, completion in zip(prompts, completions, strict=True):
+        own.setdefault(prompt, set()).add(completion)
+    rows, distinct = len(prompts), len(set(completions))
+    possible = [i for i in range(rows) if len(own[prompts[i]]) < distinct]
+
+    def suits(row: int, step: int) -> bool:
+        return completions[(row + step) % rows] not in own[prompts[row]]
+
+    steps = range(1, rows)
+    common = next((step for step in steps if all(suits(i, step) for i in possible)), None)
+    found: list[int | None] = [None] * rows
+    for i in possible:
+        step = common or next(step for step in steps if suits(i, step))
+        found[i] = (i + step) % rows
+    return found
+
+
+def mismatched_pairs(prompts: Sequence[Any], completions: Sequence[Any]) -> list[tuple[Any, Any]]:
+    """Each prompt with a completion that is none of its own: see :func:`mismatched_indices`.
+
+    A prompt all of whose batch's completions are its own has no such pair and is left out.
+
+    Args:
+        prompts, completions: those of a batch, texts or token ids, in the same order.
+
+    Raises:
+        ValueError: fewer than two, not as many completions as prompts, or no mismatched pair.
+    """
+    return [(prompts[i], completions[j]) for i, j in _found(prompts, completions)]
+
+
+def _found(prompts: Sequence[Any], completions: Sequence[Any]) -> list[tuple[int, int]]:
+    """Indices of prompts and of the completions they are set against."""
+    indices = mismatched_indices(prompts, completions)
+    require(
+        len(prompts) > 1,
+        lambda: (
+            f"mismatched pairs need a batch of at least two sequences, got {len(prompts)}: raise "
+            "the batch size, or give KTO its z0"
+        ),
+    )
+    found = [(i, j) for i, j in enumerate(indices) if j is not None]
+    require(
+        len(found) > 0,
+        lambda: (
+            f"there is no mismatched pair among {len(prompts)} sequences: every completion is one "
+            "of each prompt's own; mix prompts in a batch, raise its size, or give KTO its z0"
+        ),
+    )
+    return found
+
+
+def _value(x: Any) -> Hashable:
+    """What is equal where ``x`` is."""
+    if hasattr(x, "tolist"):  # a tensor, or numpy's
+        x = x.tolist()
+    if isinstance(x, dict):
+        return tuple((key, _value(x[key])) for key in sorted(x))
+    if isinstance(x, list | tuple):
+        return tuple(map(_value, x))
+    return x
 
 
 def mismatched_rows(
@@ -56,10 +126,11 @@ def mismatched_rows(
 
     Returns:
         ``input_ids``, ``labels``, and ``attention_mask`` or ``cu_seqlens``, of as many sequences,
-        which may be longer: up to the longest prompt and the longest completion.
+        less those for which there is no mismatched completion. They may be longer: up to the
+        longest prompt and the longest completion.
 
     Raises:
-        ValueError: fewer than two sequences; shapes or devices do not fit.
+        ValueError: fewer than two sequences, or no mismatched pair; shapes or devices do not fit.
     """
     require_tensors(input_ids=input_ids, labels=labels)
     require_tensors_or_none(attention_mask=attention_mask, cu_seqlens=cu_seqlens)
@@ -78,10 +149,10 @@ def mismatched_rows(
     require_same_device(input_ids=input_ids, labels=labels, mask=mask, cu_seqlens=cu_seqlens)
     require_mask("attention_mask", mask)
     layout = Layout.of(mask, cu_seqlens)
-    _require_two(layout.num_sequences)
     tokens = torch.stack([input_ids.reshape(-1), labels.reshape(-1)], 1)[layout.mask]
     prompts, completions = zip(*map(_split, tokens.split(layout.lengths.tolist())), strict=True)
-    rows = [torch.cat(pair) for pair in mismatched_pairs(prompts, completions)]
+    found = _found(*([part[:, 0] for part in parts] for parts in (prompts, completions)))
+    rows = [torch.cat([prompts[i], completions[j]]) for i, j in found]
     lengths = torch.tensor([len(row) for row in rows], device=input_ids.device)
     if cu_seqlens is not None:
         ids, labels = torch.cat(rows).unbind(1)
@@ -98,13 +169,3 @@ def _split(row: Tensor) -> tuple[Tensor, Tensor]:
     labelled = (row[:, 1] != IGNORE_INDEX).cumsum(0) > 0
     prompt = int((~labelled).sum())
     return row[:prompt], row[prompt:]
-
-
-def _require_two(sequences: int) -> None:
-    require(
-        sequences > 1,
-        lambda: (
-            f"mismatched pairs need a batch of at least two sequences, got {sequences}: raise the "
-            "batch size, or give KTO its z0"
-        ),
-    )

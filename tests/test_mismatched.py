@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import humanline as hl
+from humanline.mismatched import mismatched_indices
 
 PROMPTS = [[1, 2, 3], [4], [5, 6]]  # an odd batch
 COMPLETIONS = [[7, 8], [9, 10, 11], [12]]
@@ -65,6 +66,53 @@ def test_a_completion_begins_at_the_first_label_and_may_have_none():
     found = hl.mismatched_rows(ids, labels, torch.ones_like(ids))
     assert found["input_ids"].tolist() == [[1, 0, 0, 0, 0, 0, 0], [5, 6, 7, 8, 2, 3, 4]]
     assert found["labels"].tolist() == [[-100] * 7, [-100] * 4 + [2, -100, 4]]
+
+
+@pytest.mark.parametrize(
+    "prompts, completions, expected",
+    [
+        ("aabb", "1234", [2, 3, 0, 1]),  # one step for all: each completion once
+        ("aaab", "1234", [3, 3, 3, 0]),  # no step suits all
+        ("ab", "11", [None, None]),  # b's completion is a's own
+        ("aab", "121", [None, None, 1]),
+        ("abc", "112", [2, 2, 0]),
+        (
+            [[1, 2], [1, 2], [3]],
+            [torch.tensor([4]), torch.tensor([5]), torch.tensor([6])],
+            [2, 2, 0],
+        ),
+        ([[{"role": "user", "content": t}] for t in "aab"], "123", [2, 2, 0]),
+        ("", "", []),
+    ],
+)
+def test_a_prompt_never_gets_a_completion_of_its_own(prompts, completions, expected):
+    assert mismatched_indices(prompts, completions) == expected
+
+
+def test_pairs_and_rows_that_match_are_left_out():
+    assert hl.mismatched_pairs("aab", "121") == [("b", "2")]
+    ids = torch.tensor([[1, 7, 9], [1, 8, 0], [2, 7, 9]])  # prompts 1, 1, 2
+    labels = ids.clone()
+    labels[:, 0] = labels[1, 2] = -100
+    mask = (ids != 0).long()
+    found = hl.mismatched_rows(ids, labels, mask)
+    assert found["input_ids"].tolist() == [[2, 8]] and found["labels"].tolist() == [[-100, 8]]
+    keep = mask.bool()
+    packed = hl.mismatched_rows(ids[keep], labels[keep], cu_seqlens=torch.tensor([0, 3, 5, 8]))
+    assert packed["input_ids"].tolist() == [2, 8] and packed["cu_seqlens"].tolist() == [0, 2]
+    expected = "no mismatched pair among 2 sequences: .*or give KTO its z0"
+    with pytest.raises(ValueError, match=expected):
+        hl.mismatched_rows(ids[::2], labels[::2], mask[::2])
+    with pytest.raises(ValueError, match=expected):
+        hl.mismatched_pairs(["a", "a"], ["1", "2"])
+
+
+def test_a_completion_with_other_labels_is_still_the_same():
+    ids = torch.tensor([[1, 7, 8, 9], [2, 7, 8, 9], [3, 5, 5, 5]])
+    labels = torch.where(torch.arange(4) > 0, ids, -100)
+    labels[1, 2] = -100
+    found = hl.mismatched_rows(ids, labels, torch.ones_like(ids))
+    assert found["input_ids"].tolist() == [[1, 5, 5, 5], [2, 5, 5, 5], [3, 7, 8, 9]]
 
 
 def test_a_batch_of_one_and_other_bad_input():
