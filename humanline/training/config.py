@@ -104,6 +104,9 @@ class TrainConfig:
     gradient_accumulation_steps: int = _option(1, int, "such batches in an optimizer step")
     max_grad_norm: float = _option(1.0, float, "gradients are clipped to this norm")
     max_length: int = _option(1024, int, "longest prompt and completion, in tokens")
+    max_bad_rows: float = _option(
+        0.01, float, "share of the data's rows that may be empty or too long; they are left out"
+    )
     seed: int = _option(0, int, "fixes everything random")
 
     lora: bool = _option(False, bool, "train LoRA adapters instead of all weights")
@@ -159,6 +162,7 @@ class TrainConfig:
             _require(0 < getattr(self, name) < float("inf"), self, name, "positive and finite")
         for name in ("beta", "epsilon", "desirable_weight", "undesirable_weight"):
             _require(0 <= getattr(self, name) < float("inf"), self, name, "at least 0 and finite")
+        _require(0 <= self.max_bad_rows <= 1, self, "max_bad_rows", "a share, in [0, 1]")
         _require(0 <= self.heldout_fraction < 1, self, "heldout_fraction", "in [0, 1)")
         _require(self.eval_limit is None or self.eval_limit >= 0, self, "eval_limit", "at least 0")
         _require(self.reference in REFERENCES, self, "reference", f"one of {', '.join(REFERENCES)}")

@@ -8,7 +8,8 @@
 | prompt, completion, reward | rewards | one completion |
 | prompt, completions, rewards | rewards | a group of completions |
 
-Prompts and completions are strings, or lists of chat messages.
+Prompts and completions are strings, or lists of chat messages. A completion may have several turns:
+the assistant's alone are trained on. A column ``tools`` beside them goes to the chat template.
 """
 
 import codecs
@@ -16,7 +17,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from humanline.training.errors import UserError
 DATA = Path(__file__).parent / "data"
 DEFAULT_TRAIN, DEFAULT_HELDOUT = DATA / "train.jsonl", DATA / "heldout.jsonl"
 
-Text = str | list[dict[str, str]]
+Text = str | list[dict[str, Any]]
 
 #: Squares of larger rewards would overflow.
 MAX_REWARD = 1e100
@@ -46,12 +47,14 @@ class Example:
 
     Attributes:
         where: file and line, for messages.
+        tools: what the chat template is told of the tools there are; None: nothing.
     """
 
     prompt: Text
     completions: tuple[Text, ...]
     rewards: tuple[float, ...]
     where: str
+    tools: list[Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -65,26 +68,47 @@ class Question:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Examples of one kind: "pairs", "labels" or "rewards"."""
+    """Examples of one kind: "pairs", "labels" or "rewards".
+
+    Attributes:
+        skipped: rows that were left out: where they are, and what is wrong with them.
+    """
 
     kind: str
     examples: list[Example]
+    skipped: dict[str, str] = field(default_factory=dict)
+
+
+class _Empty(UserError):
+    """A row with nothing in it to train on, which training can do without."""
 
 
 def read_examples(path: Path) -> Dataset:
     """The training data of a file.
 
+    Rows that are empty (an empty or null prompt, completion or group) are skipped: see ``skipped``.
+    What is not as it must be in another way (no JSON, a column missing, a reward that is no number)
+    is an error, however rare: there, something is wrong with how the file was made.
+
     Raises:
-        UserError: the file or a row of it is not as it must be; with file and line.
+        UserError: the file or a row of it is not as it must be, with file and line; or all rows
+            are empty.
     """
-    layout, examples = None, []
+    layout, examples, skipped = None, [], {}
     for where, row in read_rows(path):
         layout = layout or _layout_of(row, path)
-        examples.append(_example(layout, row, where))
+        try:
+            examples.append(_example(layout, row, where))
+        except _Empty as error:
+            skipped[where] = str(error).removeprefix(f"{where}: ")
+            continue
         first, last = examples[0].prompt, examples[-1].prompt
         if isinstance(first, str) != isinstance(last, str):
             raise UserError(f"{where}: strings and lists of messages are mixed in one file")
-    return Dataset(LAYOUTS[layout], examples)
+    if not examples:
+        where, reason = next(iter(skipped.items()))
+        raise UserError(f"every row is empty; {where}: {reason}")
+    return Dataset(LAYOUTS[layout], examples, skipped)
 
 
 def read_questions(path: Path) -> list[Question]:
@@ -226,14 +250,28 @@ def _example(layout: tuple[str, ...], row: dict[str, Any], where: str) -> Exampl
             raise UserError(
                 f"{where}: prompt and {name} must both be strings or both lists of messages"
             )
-    return Example(prompt, tuple(texts), tuple(rewards), where)
+    return Example(prompt, tuple(texts), tuple(rewards), where, _tools(row, where))
+
+
+def _tools(row: dict[str, Any], where: str) -> list[Any] | None:
+    """The column ``tools``: a list of JSON schemas, or the text of one."""
+    tools = row.get("tools")
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except ValueError as error:
+            raise UserError(f"{where}: tools is not JSON ({error})") from error
+    if not (tools is None or isinstance(tools, list)):
+        raise UserError(f"{where}: tools must be a list of JSON schemas, got {_brief(tools)}")
+    return tools or None
 
 
 def _group(row: dict[str, Any], where: str) -> tuple[list, list[float]]:
     completions, rewards = row["completions"], row["rewards"]
     for name, value in (("completions", completions), ("rewards", rewards)):
         if not isinstance(value, list) or not value:
-            raise UserError(f"{where}: {name} must be a non-empty list, got {_brief(value)}")
+            error = _Empty if value is None or value == [] else UserError
+            raise error(f"{where}: {name} must be a non-empty list, got {_brief(value)}")
     if len(completions) != len(rewards):
         raise UserError(f"{where}: {len(completions)} completions, but {len(rewards)} rewards")
     return completions, [_reward(r, where) for r in rewards]
@@ -259,38 +297,49 @@ def _reward(value: Any, where: str) -> float:
 
 def _text(value: Any, name: str, where: str) -> Text:
     """The value, if it is a non-empty string or a list of chat messages with contents."""
+    if value is None:
+        raise _Empty(f"{where}: {name} is null")
     if isinstance(value, str):
         if not value:
-            raise UserError(f"{where}: {name} is empty")
+            raise _Empty(f"{where}: {name} is empty")
         return value
     if not isinstance(value, list):
         raise UserError(
             f"{where}: {name} must be a string or a list of messages, got {_brief(value)}"
         )
     if not value:
-        raise UserError(f"{where}: {name} is empty")
+        raise _Empty(f"{where}: {name} is empty")
     for message in value:
-        if not (
-            isinstance(message, dict)
-            and isinstance(message.get("role"), str)
-            and isinstance(message.get("content"), str)
-        ):
+        if not _is_message(message):
             raise UserError(
                 f'{where}: {name} must hold messages such as {{"role": "user", "content": "…"}}, '
                 f"got {_brief(message)}"
             )
-    if not any(message["content"] for message in value):
-        raise UserError(f"{where}: {name} is empty")
+    if not any(message.get("content") or message.get("tool_calls") for message in value):
+        raise _Empty(f"{where}: {name} is empty")
     return value
 
 
+def _is_message(message: Any) -> bool:
+    """A role with a content; an assistant's that calls tools may do without."""
+    if not (isinstance(message, dict) and isinstance(message.get("role"), str)):
+        return False
+    content = message.get("content")
+    calls = message["role"] == "assistant" and message.get("tool_calls")
+    return isinstance(content, str) or (content is None and bool(calls))
+
+
 def _split_common_beginning(row: dict[str, Any], where: str) -> dict[str, Any]:
-    """Two whole chats as a prompt, their common beginning, and what follows it in each."""
+    """Two whole chats as a prompt, their common beginning, and what follows it in each, a message
+    at least: equal chats make a pair too, though not one to learn from."""
     chosen, rejected = row["chosen"], row["rejected"]
+    for name in ("chosen", "rejected"):
+        if row[name] is None or row[name] == []:
+            raise _Empty(f"{where}: {name} is empty")
     if not (isinstance(chosen, list) and isinstance(rejected, list)):
         raise UserError(f"{where}: without a prompt, chosen and rejected must be lists of messages")
     common = 0
-    while common < min(len(chosen), len(rejected)) and chosen[common] == rejected[common]:
+    while common < min(len(chosen), len(rejected)) - 1 and chosen[common] == rejected[common]:
         common += 1
     return {"prompt": chosen[:common], "chosen": chosen[common:], "rejected": rejected[common:]}
 

@@ -10,32 +10,29 @@ What each objective makes of each kind of data:
   with rewards 1 and 0.
 
 Rows of single completions with the same prompt make one group. Groups of which nothing can be
-learned (one completion, or all rewards equal) are left out.
+learned (one completion, or all rewards equal) are left out, and so are rows that do not fit into
+``--max-length``: each is counted and warned of.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from itertools import chain, count
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from humanline import conversation
 from humanline.advantages import group_advantages
+from humanline.conversation import Tokens
+from humanline.mismatched import mismatched_indices
 from humanline.rows import IGNORE_INDEX
 from humanline.training.config import TrainConfig
 from humanline.training.data import Dataset, Example, Text
 from humanline.training.errors import UserError
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """A prompt and a completion of it."""
-
-    prompt: list[int]
-    completion: list[int]
 
 
 @dataclass(frozen=True)
@@ -58,17 +55,19 @@ class Completions:
     Attributes:
         ids: int64 ``[S, C]``.
         mask: bool ``[S, C]``, where there is a token.
+        written: bool ``[S, C]``, where there is one that the assistant wrote.
         prompt: int64 ``[S]``, the index of each one's prompt.
     """
 
     ids: Tensor
     mask: Tensor
+    written: Tensor
     prompt: Tensor
 
     @property
     def labels(self) -> Tensor:
-        """``ids``, with -100 where there is no token."""
-        return self.ids.masked_fill(~self.mask, IGNORE_INDEX)
+        """``ids``, with -100 where the assistant wrote no token."""
+        return self.ids.masked_fill(~self.written, IGNORE_INDEX)
 
 
 @dataclass(frozen=True)
@@ -80,7 +79,9 @@ class Batch:
         prompt_mask: bool ``[P, T]``, where there is a token.
         completions: the sequences of the loss.
         extra: the objective's own batch arguments.
-        mismatched: for KTO: each prompt with the completion of the next sequence.
+        mismatched: for KTO: prompts with a completion of another, of this batch or, where it has
+            none that will do, of the data. Where they have none either, ``extra`` holds the least
+            reference point there is, 0.
     """
 
     prompt_ids: Tensor
@@ -163,7 +164,7 @@ def split(dataset: Dataset, fraction: float, seed: int) -> tuple[Dataset, Datase
     out = {prompts[i] for i in order[: int(len(prompts) * fraction)]}
     kept = [e for e in dataset.examples if _prompt_key(e) not in out]
     held = [e for e in dataset.examples if _prompt_key(e) in out]
-    return Dataset(dataset.kind, kept), Dataset(dataset.kind, held)
+    return replace(dataset, examples=kept), replace(dataset, examples=held)
 
 
 def heldout_pairs(
@@ -176,11 +177,12 @@ def heldout_pairs(
         labels = labelled(dataset, config.reward_threshold)
         found = list(zip(*([c for c, l in labels if l is w] for w in (True, False)), strict=False))
     tokens = iter(tokenizer.sequences([c for pair in found for c in pair]))
-    fitting = []
-    for pair in [(next(tokens), next(tokens)) for _ in found]:
-        if all(len(s.prompt) < config.max_length for s in pair):
-            fitting.append(tuple(_truncate(s, config.max_length) for s in pair))
-    return fitting
+    sequences = [(next(tokens), next(tokens)) for _ in found]
+    fitting = [
+        _fitting(pair, chosen, dataset, config.max_length)
+        for pair, chosen in zip(sequences, found, strict=True)
+    ]
+    return [pair for pair in fitting if pair is not None]
 
 
 def _prompt_key(example: Example) -> str:
@@ -191,10 +193,7 @@ def _prompt_key(example: Example) -> str:
 
 
 class Tokenizer:
-    """Prompts and completions as token ids, strings and chats alike, as TRL does it.
-
-    Strings: the eos token is appended to the completion. Chats: the chat template is applied; what
-    it puts after the completion's eos token is left out, since no model ever generates it.
+    """Prompts and completions as token ids, strings and chats alike: see ``conversation.py``.
 
     Args:
         tokenizer: one of transformers'.
@@ -215,65 +214,38 @@ class Tokenizer:
 
     def prompt(self, prompt: Text, where: str) -> list[int]:
         """Token ids of a prompt to generate from."""
-        ids = self._ids([self._prompt_text(prompt, where)], not isinstance(prompt, str))[0]
-        self.longest_prompt = max(self.longest_prompt, len(ids))
-        return ids
+        with self._at(where):
+            rendered = conversation.render_prompt(self.tokenizer, prompt)
+        (tokens,) = self._encode([rendered])
+        self.longest_prompt = max(self.longest_prompt, len(tokens.prompt))
+        return tokens.prompt
 
     def sequences(self, chosen: list[Chosen]) -> list[Tokens]:
         """Token ids of prompts with one of their completions each."""
-        if not chosen:
-            return []
-        chat = not isinstance(chosen[0][0].prompt, str)
-        prompts, completions = [], []
+        rendered = []
         for example, index in chosen:
-            prompts.append(self._prompt_text(example.prompt, example.where))
-            completions.append(self._completion_text(example, index, prompts[-1]))
-        prompt_ids = self._ids(prompts, chat)
-        whole_ids = self._ids([p + c for p, c in zip(prompts, completions, strict=True)], chat)
-        result = []
-        for prompt, whole, text in zip(prompt_ids, whole_ids, completions, strict=True):
-            if whole[: len(prompt)] == prompt:
-                completion = whole[len(prompt) :]
-            else:  # a token across the border, which no model would generate after this prompt
-                completion = self._ids([text], True)[0]
-            result.append(Tokens(prompt, completion))
-            self.longest = max(self.longest, len(prompt) + len(completion))
+            with self._at(example.where):
+                completion, tools = example.completions[index], example.tools
+                options = {"tools": tools} if tools else {}
+                rendered.append(
+                    conversation.render(self.tokenizer, example.prompt, completion, **options)
+                )
+        result = self._encode(rendered)
+        self.longest = max(self.longest, *(len(t.prompt + t.completion) for t in result), 0)
         return result
 
-    def _prompt_text(self, prompt: Text, where: str) -> str:
-        return prompt if isinstance(prompt, str) else self._chat(prompt, where, True)
-
-    def _completion_text(self, example: Example, index: int, prompt_text: str) -> str:
-        prompt, completion, where = example.prompt, example.completions[index], example.where
-        eos = self.tokenizer.eos_token
-        if isinstance(prompt, str):
-            return completion if completion.endswith(eos) else completion + eos
-        whole = self._chat(prompt + completion, where, False)
-        if not whole.startswith(prompt_text):
-            raise UserError(
-                f"{where}: with its completion, the chat template of {self.folder} does not "
-                "render the prompt as it does without: prompt and completion cannot be told apart"
-            )
-        text, end, rest = whole[len(prompt_text) :].rpartition(eos)
-        return text + end if end and not rest.strip() else text + end + rest
-
-    def _chat(self, messages: list[dict[str, str]], where: str, add_generation_prompt: bool) -> str:
-        if not self.tokenizer.chat_template:
-            raise UserError(
-                f"{where}: chat messages, but the tokenizer in {self.folder} has no chat template"
-            )
+    @contextmanager
+    def _at(self, where: str) -> Iterator[None]:
         try:
-            return self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt
-            )
-        except Exception as error:  # templates raise what they like
-            raise UserError(f"{where}: the chat template refuses this: {error}") from error
+            yield
+        except ValueError as error:
+            raise UserError(f"{where}: {error} (the tokenizer is {self.folder}'s)") from error
 
-    def _ids(self, texts: list[str], chat: bool) -> list[list[int]]:
-        # A chat template writes the special tokens itself.
-        rows = self.tokenizer(texts, add_special_tokens=not chat)["input_ids"]
-        self.largest_id = max(self.largest_id, *(max(row, default=0) for row in rows))
-        return rows
+    def _encode(self, rendered: list[conversation.Rendered]) -> list[Tokens]:
+        result = conversation.encode(self.tokenizer, rendered)
+        ids = chain.from_iterable(t.prompt + t.completion for t in result)
+        self.largest_id = max(self.largest_id, max(ids, default=0))
+        return result
 
 
 # Units
@@ -281,8 +253,10 @@ class Tokenizer:
 
 def make_units(
     dataset: Dataset, tokenizer: Tokenizer, config: TrainConfig
-) -> tuple[list[list[Unit]], dict[str, int]]:
-    """Units in groups that stay together in a batch, and counts of what was left out.
+) -> tuple[list[list[Unit]], list[str]]:
+    """Units in groups that stay together in a batch, and what to warn of.
+
+    Rows that do not fit are left out and added to the dataset's ``skipped``.
 
     Raises:
         UserError: the data holds nothing that the objective can learn from.
@@ -297,29 +271,117 @@ def make_units(
         raise UserError(_nothing_to_learn(dataset, config))
     flat = [c for group in raw for chosen, _ in group for c in chosen]
     tokens = iter(tokenizer.sequences(flat))
-    groups, dropped, truncated = [], 0, 0
+    groups, truncated = [], 0
     for group in raw:
         units = []
         for chosen, value in group:
             sequences = tuple(next(tokens) for _ in chosen)
-            if any(len(s.prompt) >= config.max_length for s in sequences):
-                dropped += 1
-                continue
-            fitting = tuple(_truncate(s, config.max_length) for s in sequences)
-            truncated += fitting != sequences
-            units.append(Unit(fitting, value))
+            fitting = _fitting(sequences, chosen, dataset, config.max_length)
+            if fitting is not None:
+                truncated += fitting != sequences
+                units.append(Unit(fitting, value))
         if units:
             groups.append(units)
     if not groups:
         raise UserError(
-            f"none of the {dropped} examples is left: every prompt takes --max-length "
-            f"{config.max_length} tokens or more"
+            f"none of the {len(dataset.examples)} examples is left: {_first(dataset.skipped)}"
         )
-    return groups, {"too long, dropped": dropped, "completion truncated": truncated}
+    return groups, _warnings(dataset, groups, truncated, config)
+
+
+def _fitting(
+    sequences: tuple[Tokens, ...], chosen: tuple[Chosen, ...], dataset: Dataset, max_length: int
+) -> tuple[Tokens, ...] | None:
+    """Sequences cut to ``max_length``; None if one of them does not fit, whose row is skipped."""
+    fitting = tuple(_truncate(s, max_length) for s in sequences)
+    for sequence, (example, _) in zip(fitting, chosen, strict=True):
+        reason = _misfit(sequence, max_length)
+        if reason:
+            dataset.skipped[example.where] = reason
+            return None
+    return fitting
+
+
+def _misfit(sequence: Tokens, max_length: int) -> str | None:
+    """What is wrong with a sequence that was cut to ``max_length``."""
+    length = len(sequence.prompt)
+    if length == 0:
+        return "the prompt has no tokens"
+    if length >= max_length:
+        return f"the prompt takes {length} tokens of --max-length {max_length}"
+    if not any([True] * len(sequence.completion) if sequence.written is None else sequence.written):
+        return f"the assistant wrote nothing within --max-length {max_length}"
+    return None
+
+
+def _warnings(
+    dataset: Dataset, groups: list[list[Unit]], truncated: int, config: TrainConfig
+) -> list[str]:
+    """One warning each of what is likely not meant, with how often it is."""
+    kto = config.objective == "kto"
+    found = []
+    if truncated:
+        limit = config.max_length
+        found.append(f"{truncated} examples completion truncated (--max-length {limit})")
+    if config.objective == "dpo" or dataset.kind == "pairs":
+        both = [[e.completions[i] for e, i in pair] for pair in pairs(dataset)]
+        same = sum(chosen == rejected for chosen, rejected in both)
+        if same:
+            found.append(f"in {same} of {len(both)} pairs, chosen and rejected are the same")
+    if not kto or (dataset.kind == "rewards" and config.reward_threshold is None):
+        rewards = [{_reward_of(c) for c in group} for group in grouped(dataset)]
+        equal = sum(len(values) == 1 for values in rewards)
+        if equal:
+            found.append(
+                f"{equal} of {len(rewards)} groups are left out: the rewards of a prompt's "
+                "completions are all equal, or it has one completion alone"
+            )
+    if kto and config.loss_type == "kto":
+        alone, of = _without_mismatched(groups)
+        if alone:
+            found.append(
+                f"{alone} of {of} completions have no mismatched pair for KTO's reference point: "
+                "all completions there are, are their prompt's own. In a batch without any it is 0"
+            )
+    return found
+
+
+def _without_mismatched(groups: list[list[Unit]]) -> tuple[int, int]:
+    """Of how many sequences the prompt has every completion of the data; and of how many in all."""
+    sequences = [s for group in groups for unit in group for s in unit.sequences]
+    own: dict[tuple[int, ...], set[tuple[int, ...]]] = {}
+    for s in sequences:
+        own.setdefault(tuple(s.prompt), set()).add(tuple(s.completion))
+    distinct = len(set().union(*own.values()))
+    return sum(len(own[tuple(s.prompt)]) == distinct for s in sequences), len(sequences)
+
+
+def check_skipped(skipped: dict[str, str], rows: int, config: TrainConfig) -> str | None:
+    """What to warn of the rows that were left out, of so many.
+
+    Raises:
+        UserError: they are more than ``max_bad_rows`` of all.
+    """
+    if not skipped:
+        return None
+    found = f"{len(skipped)} of {rows} rows are empty or too long"
+    if len(skipped) > config.max_bad_rows * rows:
+        raise UserError(
+            f"{found}, more than --max-bad-rows {config.max_bad_rows:g} allows: {_first(skipped)}"
+        )
+    return f"{found}, and left out: {_first(skipped)}"
+
+
+def _first(skipped: dict[str, str], number: int = 3) -> str:
+    """The first few rows that were skipped, and why."""
+    named = [f"{where}: {reason}" for where, reason in list(skipped.items())[:number]]
+    return "; ".join(named + ["…"] * (len(skipped) > number))
 
 
 def _truncate(sequence: Tokens, max_length: int) -> Tokens:
-    return Tokens(sequence.prompt, sequence.completion[: max_length - len(sequence.prompt)])
+    room = max(max_length - len(sequence.prompt), 0)
+    written = None if sequence.written is None else sequence.written[:room]
+    return Tokens(sequence.prompt, sequence.completion[:room], written)
 
 
 def _nothing_to_learn(dataset: Dataset, config: TrainConfig) -> str:
@@ -355,26 +417,47 @@ def optimizer_steps(
         return epoch(position // total)[position % total]
 
     for step in range(first, config.max_steps):
-        start = step * accumulation * size
-        positions = count(start)
-        units = [[unit(next(positions)) for _ in range(size)] for _ in range(accumulation)]
-        yield [collate(u, config.objective, pad) for u in units]
+        batches, first_of_step = [], step * accumulation * size
+        for start in range(first_of_step, first_of_step + accumulation * size, size):
+            units = [unit(position) for position in range(start, start + size)]
+            others = map(unit, range(start + size, start + total))
+            batches.append(collate(units, config.objective, pad, others))
+        yield batches
 
 
-def collate(units: list[Unit], objective: str, pad: int) -> Batch:
-    """Units as one batch: for DPO all chosen sequences first; for KTO with mismatched pairs."""
+def collate(units: list[Unit], objective: str, pad: int, others: Iterable[Unit] = ()) -> Batch:
+    """Units as one batch: for DPO all chosen sequences first; for KTO with mismatched pairs, for
+    which ``others`` are looked at, in their order, where the batch does not do."""
     sequences = [s for column in zip(*(u.sequences for u in units), strict=True) for s in column]
     batch, values = make_batch(sequences, pad), [u.value for u in units]
     if objective == "grpo":
         return replace(batch, extra={"advantages": torch.tensor(values, dtype=torch.float32)})
     if objective == "kto":
-        own = batch.completions
-        return replace(
-            batch,
-            extra={"desirable": torch.tensor(values)},
-            mismatched=Completions(own.ids.roll(-1, 0), own.mask.roll(-1, 0), own.prompt),
-        )
+        found = _mismatched(sequences, (s for u in others for s in u.sequences))
+        extra = {"desirable": torch.tensor(values)}
+        if not found:
+            return replace(batch, extra=extra | {"z0": 0.0})
+        prompt = batch.completions.prompt[torch.tensor(list(found))]
+        mismatched = _completions(list(found.values()), prompt, pad)
+        return replace(batch, extra=extra, mismatched=mismatched)
     return batch
+
+
+def _mismatched(sequences: list[Tokens], others: Iterator[Tokens]) -> dict[int, Tokens]:
+    """By the index of a sequence, one whose completion is none of its prompt's own."""
+    prompts, completions = zip(*((tuple(s.prompt), s.completion) for s in sequences), strict=True)
+    indices = dict(enumerate(mismatched_indices(prompts, completions)))
+    found = {i: sequences[j] for i, j in indices.items() if j is not None}
+    own = {
+        i: [s.completion for s in sequences if tuple(s.prompt) == p] for i, p in enumerate(prompts)
+    }
+    missing = [i for i in indices if i not in found]
+    while missing and (other := next(others, None)):
+        for i in missing:
+            if other.prompt != sequences[i].prompt and other.completion not in own[i]:
+                found[i] = other
+        missing = [i for i in missing if i not in found]
+    return dict(sorted(found.items()))
 
 
 def make_batch(sequences: list[Tokens], pad: int) -> Batch:
@@ -382,9 +465,17 @@ def make_batch(sequences: list[Tokens], pad: int) -> Batch:
     prompts = {tuple(s.prompt): None for s in sequences}
     index = {prompt: i for i, prompt in enumerate(prompts)}
     prompt_ids, prompt_mask = _padded([list(p) for p in prompts], pad, left=True)
-    ids, mask = _padded([s.completion for s in sequences], pad)
     prompt = torch.tensor([index[tuple(s.prompt)] for s in sequences])
-    return Batch(prompt_ids, prompt_mask, Completions(ids, mask, prompt))
+    return Batch(prompt_ids, prompt_mask, _completions(sequences, prompt, pad))
+
+
+def _completions(sequences: list[Tokens], prompt: Tensor, pad: int) -> Completions:
+    ids, mask = _padded([s.completion for s in sequences], pad)
+    written = mask.clone()
+    for i, s in enumerate(sequences):
+        if s.written is not None:
+            written[i, : len(s.written)] = torch.tensor(s.written)
+    return Completions(ids, mask, written, prompt)
 
 
 def _padded(rows: list[list[int]], pad: int, left: bool = False) -> tuple[Tensor, Tensor]:

@@ -48,7 +48,7 @@ class Pack:
         positions: int64 ``[1, N]``, each token's place in its own sequence.
         pieces: what attends to what; one a completion.
         predicting: int64 ``[M]``, which of the ``N`` tokens predicts each completion token.
-        labels: int64 ``[M]``, the completion tokens.
+        labels: int64 ``[M]``, the completion tokens; -100 where the assistant did not write it.
         cu_seqlens: int64 ``[S+1]``, where each completion's begin.
     """
 
@@ -80,7 +80,7 @@ class Pack:
             torch.cat(positions)[None].to(device),
             tuple(pieces),
             torch.cat(predicting).to(device),
-            completions.ids[mask],
+            completions.labels[mask],
             torch.tensor([0, *accumulate(lengths)], device=device),
         )
 

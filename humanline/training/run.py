@@ -195,6 +195,7 @@ def _read_data(config: TrainConfig):
 def _prepare(dataset, questions, tokenizer, config):
     """Units to train on, and how to measure (None: not at all)."""
     pad = tokenizer.tokenizer.pad_token_id
+    rows = len(dataset.examples) + len(dataset.skipped)
     measure = None
     if config.eval_limit == 0:
         pass
@@ -207,13 +208,10 @@ def _prepare(dataset, questions, tokenizer, config):
             dataset, measure = kept, evaluate.preferences(pairs, pad, config)
         else:
             print("humanline: too little data to hold any pair out", file=sys.stderr)
-    groups, notes = examples.make_units(dataset, tokenizer, config)
-    for note, number in notes.items():
-        if number:
-            print(
-                f"humanline: warning: {number} examples {note} (--max-length {config.max_length})",
-                file=sys.stderr,
-            )
+    groups, warnings = examples.make_units(dataset, tokenizer, config)
+    left_out = examples.check_skipped(dataset.skipped, rows, config)
+    for warning in [*([left_out] if left_out else []), *warnings]:
+        print(f"humanline: warning: {warning}", file=sys.stderr)
     if config.objective == "kto" and len({u.value for group in groups for u in group}) == 1:
         print("humanline: warning: all labels are the same: nothing to contrast", file=sys.stderr)
     return groups, measure
@@ -301,7 +299,7 @@ def _gradients(objective, policy, batches, scores, config) -> dict[str, Any]:
         loss, stats = score.loss(objective, policy, batch, of_reference, batches, config.bf16)
         loss.backward()
         rows.append(
-            {"loss": loss.detach()} | stats | {"humanline/rows": batch.completions.mask.sum()}
+            {"loss": loss.detach()} | stats | {"humanline/rows": batch.completions.written.sum()}
         )
     return report.merge([{name: float(value) for name, value in row.items()} for row in rows])
 

@@ -100,7 +100,7 @@ def loss(
     """The batch's share of the loss of an optimizer step whose micro-batches are ``of``."""
     extra, share = dict(batch.extra), 1 / len(of)
     if isinstance(objective, hl.GRPO) and objective.loss_type in _OVER_ITEMS:
-        extra["num_items_in_batch"] = sum(int(b.completions.mask.sum()) for b in of)
+        extra["num_items_in_batch"] = sum(int(b.completions.written.sum()) for b in of)
         share = 1.0
     with autocast(batch, bf16):
         policy = parts(model)

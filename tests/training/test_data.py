@@ -180,6 +180,100 @@ def test_prompts_are_padded_left_and_mismatched_pairs_are_shifted():
     assert batch.tokens() == 3 + 3 + 3
 
 
+def unit(prompt, completion):
+    return examples.Unit((examples.Tokens([prompt], [completion]),), True)
+
+
+@pytest.mark.parametrize(
+    "batch, others, expected",
+    [
+        ([(1, 7), (1, 8), (2, 9)], [], [(0, 9), (0, 9), (1, 7)]),
+        ([(1, 7), (2, 7), (3, 8)], [], [(0, 8), (1, 8), (2, 7)]),  # its own text, of another
+        ([(1, 7), (1, 8)], [(1, 9), (2, 8), (2, 5), (3, 6)], [(0, 5), (0, 5)]),
+        ([(1, 7), (2, 7), (2, 8)], [(2, 5)], [(0, 8)]),  # what has none is left out
+    ],
+)
+def test_a_mismatched_pair_never_matches(batch, others, expected):
+    batch, others = ([unit(*u) for u in units] for units in (batch, others))
+    found = examples.collate(batch, "kto", 0, iter(others)).mismatched
+    assert list(zip(found.prompt.tolist(), found.ids[:, 0].tolist(), strict=True)) == expected
+
+
+def test_without_a_mismatched_pair_the_reference_point_is_the_least_there_is():
+    batch = examples.collate([unit(1, 7), unit(1, 8)], "kto", 0, iter([unit(2, 7)]))
+    assert batch.mismatched is None and batch.extra["z0"] == 0.0
+
+
+def test_a_batch_of_one_prompt_looks_for_mismatched_pairs_in_the_data():
+    groups = [[unit(i // 4, i)] for i in range(12)]  # 4 completions of each prompt
+    config = TrainConfig(objective="kto", per_device_train_batch_size=2, max_steps=12)
+    for (batch,) in examples.optimizer_steps(groups, config, 0):
+        prompts = batch.prompt_ids[batch.mismatched.prompt, 0]
+        assert len(prompts) == 2 and not (prompts == batch.mismatched.ids[:, 0] // 4).any()
+
+
+def test_data_without_any_mismatched_pair_are_warned_of(tokenizer, tmp_path):
+    rows = [REWARD | {"completion": assistant(c), "reward": float(c)} for c in "012"]
+    config = TrainConfig(objective="kto")
+    _, warnings = examples.make_units(dataset(tmp_path, *rows), tokenizer, config)
+    assert any(w.startswith("3 of 3 completions have no mismatched pair for KTO") for w in warnings)
+    other = REWARD | {"prompt": chat("5"), "completion": assistant("1")}
+    more = [other, other | {"completion": assistant("9"), "reward": 0.9}]
+    _, warnings = examples.make_units(dataset(tmp_path, *rows, *more), tokenizer, config)
+    assert not any("mismatched" in w for w in warnings)
+    config = TrainConfig(objective="kto", loss_type="apo_zero_unpaired")  # has no reference point
+    _, warnings = examples.make_units(dataset(tmp_path, *rows), tokenizer, config)
+    assert not any("mismatched" in w for w in warnings)
+
+
+def test_turns_of_others_in_a_completion_are_not_trained_on(tokenizer, tmp_path):
+    tool = {"role": "user", "content": "7 8"}
+    row = PAIRS | {"chosen": [*assistant("3"), tool, *assistant("5 6")]}
+    (pair,) = examples.pairs(dataset(tmp_path, row))
+    batch = examples.make_batch(tokenizer.sequences(list(pair)), tokenizer.tokenizer.pad_token_id)
+    decode = tokenizer.tokenizer.decode
+    chosen, rejected = batch.completions.labels
+    assert decode(chosen[chosen != -100]) == "3 </s> 5 6 </s>"
+    assert decode(rejected[rejected != -100]) == "4 </s>"
+    whole = batch.completions.ids[0]
+    assert decode(whole) == "3 </s> <s> user 7 8 </s> <s> assistant 5 6 </s>"
+
+
+def test_tool_calls_come_without_content_and_with_their_tools(tmp_path):
+    template = (
+        "{% for t in tools or [] %}{{ t['name'] }} {% endfor %}{% for m in messages %}"
+        "<s> {{ m['role'] }} {{ m['content'] or '' }}"
+        "{% for c in m['tool_calls'] or [] %} {{ c['function']['name'] }} {% endfor %} </s> "
+        "{% endfor %}{% if add_generation_prompt %}<s> assistant {% endif %}"
+    )
+    tokenizer = load_tokenizer(make_model_folder(tmp_path, chat_template=template))
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "a"}}]}
+    completion = [call, {"role": "user", "content": "7"}, *assistant("3")]
+    for tools in ([{"name": "b"}], json.dumps([{"name": "b"}])):
+        read = dataset(tmp_path, LABEL | {"completion": completion, "tools": tools})
+        (tokens,) = tokenizer.sequences([(read.examples[0], 0)])
+        assert tokenizer.tokenizer.decode(tokens.prompt) == "b <s> user 1 + 2 = </s> <s> assistant"
+        own = [t for t, w in zip(tokens.completion, tokens.written, strict=True) if w]
+        assert tokenizer.tokenizer.decode(own) == "a </s> 3 </s>"
+    for tools, expected in (("b", "line 1: tools is not JSON"), (3, "tools must be a list")):
+        with pytest.raises(UserError, match=expected):
+            dataset(tmp_path, LABEL | {"tools": tools})
+
+
+def test_eos_is_where_it_belongs_whatever_the_tokenizer_appends(model_folder, tmp_path):
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = load_tokenizer(model_folder)
+    tokenizer.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    (pair,) = examples.pairs(dataset(tmp_path, STRINGS))
+    (tokens,) = tokenizer.sequences([pair[0]])
+    decode = tokenizer.tokenizer.decode
+    assert (decode(tokens.prompt), decode(tokens.completion)) == ("<s> 1 + 2 =", "3 </s>")
+    assert tokenizer.prompt("1 + 2 =", "here") == tokens.prompt
+
+
 def test_pairs_are_collated_chosen_first_and_share_their_prompt():
     units = [
         examples.Unit((examples.Tokens([1], [2]), examples.Tokens([1], [3]))),
@@ -271,6 +365,35 @@ def test_a_bad_file_is_named(name, content, expected, tmp_path):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=f"{name}.*{expected}"):
         data.read_examples(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    "row, reason",
+    [
+        (PAIRS | {"chosen": []}, "chosen is empty"),
+        (PAIRS | {"prompt": None}, "prompt is null"),
+        (STRINGS | {"rejected": ""}, "rejected is empty"),
+        (
+            GROUP | {"completions": [], "rewards": []},
+            "completions must be a non-empty list, got []",
+        ),
+        (WHOLE | {"chosen": []}, "chosen is empty"),
+    ],
+)
+def test_an_empty_row_is_skipped(row, reason, tmp_path):
+    good = {k: v for k, v in (GROUP if "completions" in row else PAIRS).items()}
+    if "prompt" not in row:
+        good = WHOLE
+    elif row["prompt"] == STRINGS["prompt"]:
+        good = STRINGS
+    read = dataset(tmp_path, good, row, good)
+    assert len(read.examples) == 2
+    assert read.skipped == {f"{tmp_path}/d.jsonl, line 2": reason}
+
+
+def test_equal_chats_are_a_pair(tmp_path):
+    (example,) = dataset(tmp_path, WHOLE | {"rejected": WHOLE["chosen"]}).examples
+    assert example.completions == (assistant("3"), assistant("3"))
 
 
 def test_a_later_row_without_a_column(tmp_path):

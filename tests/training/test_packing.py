@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 import transformers
-from toy import make_model_folder
+from toy import assistant, make_model_folder, toy_rows, write_jsonl
 
 from humanline.training import packing, run, score
 from humanline.training.config import OBJECTIVES, TrainConfig
@@ -59,6 +59,14 @@ def test_a_pack_holds_each_prompt_once_and_no_padding():
     prompts = [(piece.prompt.start, piece.prompt.stop) for piece in pack.pieces]
     assert prompts == [(0, 6), (6, 7), (0, 6), (6, 7)]
     assert [piece.first for piece in pack.pieces] == [True, True, False, False]
+
+
+def test_a_pack_asks_for_what_the_assistant_wrote():
+    written = [True, False, False, True]
+    batch = make_batch([Tokens([3], [4, 5, 6, 7], written), Tokens([3], [8])], pad=2)
+    pack = packing.Pack.of(batch, batch.completions)
+    assert pack.labels.tolist() == [4, -100, -100, 7, 8]
+    assert pack.ids.tolist() == [[3, 4, 5, 6]] and pack.cu_seqlens.tolist() == [0, 4, 5]
 
 
 @pytest.fixture(params=MODELS)
@@ -138,6 +146,30 @@ def test_a_run_is_the_same(objective, checkpointing, options, tmp_path):
     assert free["before"] == padded["before"]
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "free/model")
     assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_several_turns_are_the_same_and_the_users_are_not_counted(objective, options, tmp_path):
+    """A user's turn between two of the assistant's: another of as many tokens changes what is read,
+    not what is trained on."""
+    rows = toy_rows(8)
+    for row in rows:
+        between = {"role": "user", "content": "7 + 7 ="}
+        row["completions"] = [[*c, between, *assistant("14")] for c in row["completions"]]
+    options |= {"data": str(write_jsonl(tmp_path / "d.jsonl", rows)), "objective": objective}
+    options |= {"max_steps": 2, "eval_limit": 0, "perception": "none"}
+    if objective == "grpo":
+        options |= {"loss_type": "dapo", "gradient_accumulation_steps": 2}
+    runs = []
+    for name, more in (("padded", {}), ("free", {"padding_free": True})):
+        run.train(options | more, tmp_path / name)
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        runs.append([json.loads(line) for line in lines])
+    sequences = 16 if objective == "grpo" else 8
+    for a, b in zip(*runs, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-3, abs=1e-5)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=2e-3)
+        assert a["humanline/rows"] == b["humanline/rows"] == 4 * sequences
 
 
 def test_with_lora_and_measured_by_preference(options, tmp_path):

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -310,10 +311,75 @@ def test_completions_too_long_are_cut_and_prompts_too_long_dropped(options, tmp_
     rows[0]["prompt"][0]["content"] = "1 " * 50
     rows[1]["completions"][0] = assistant("1 " * 50)
     options |= {"data": str(write_jsonl(tmp_path / "d.jsonl", rows)), "eval_limit": 0}
-    options |= {"max_length": 20, "max_steps": 1}
+    options |= {"max_length": 20, "max_steps": 1, "max_bad_rows": 0.2}
     run.train(options, tmp_path / "out")
     err = capsys.readouterr().err
-    assert "2 examples too long, dropped" in err and "1 examples completion truncated" in err
+    assert "1 of 6 rows are empty or too long, and left out: " in err
+    assert re.search(r"d\.jsonl, line 1: the prompt takes \d+ tokens of --max-length 20\n", err)
+    assert "1 examples completion truncated" in err
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_bad_row_among_many_is_skipped_and_named(objective, options, tmp_path, capsys):
+    rows = toy_rows(400)
+    for i in (10, 20, 30, 40):
+        rows[i]["completions"][0] = [assistant(""), []][i % 20 == 0]
+    rows[50]["prompt"] = None
+    options |= {"data": str(write_jsonl(tmp_path / "d.jsonl", rows)), "objective": objective}
+    options |= {"max_steps": 1, "eval_limit": 0, "max_bad_rows": 5 / 400}
+    run.train(options, tmp_path / "out")
+    err = capsys.readouterr().err
+    named = [f"{tmp_path}/d.jsonl, line {i}: completions[0] is empty" for i in (11, 21, 31)]
+    assert f"5 of 400 rows are empty or too long, and left out: {'; '.join(named)}; …\n" in err
+    del options["max_bad_rows"]
+    expected = (
+        r"5 of 400 rows are empty or too long, more than --max-bad-rows 0\.01 allows: .*line 11"
+    )
+    with pytest.raises(UserError, match=expected):
+        run.train(options, tmp_path / "beyond")
+    assert not (tmp_path / "beyond").exists()
+
+
+def test_bad_rows_that_are_held_out_count(options, tmp_path, capsys):
+    rows = toy_rows(24)
+    for row in rows[:6]:
+        row["prompt"][0]["content"] = "1 " * 50 + row["prompt"][0]["content"]
+    del options["heldout"]
+    options |= {"data": str(write_jsonl(tmp_path / "d.jsonl", rows)), "heldout_fraction": 0.5}
+    run.train(options | {"max_length": 20, "max_bad_rows": 0.25, "max_steps": 1}, tmp_path / "out")
+    assert "6 of 24 rows are empty or too long" in capsys.readouterr().err
+
+
+def test_pairs_of_equals_are_warned_of(options, tmp_path, capsys):
+    rows = [
+        {"prompt": f"{i} +", "chosen": "2", "rejected": "2" if i < 3 else "3"} for i in range(10)
+    ]
+    options |= {"data": str(write_jsonl(tmp_path / "d.jsonl", rows)), "eval_limit": 0}
+    for objective in OBJECTIVES:
+        run.train(options | {"objective": objective, "max_steps": 1}, tmp_path / objective)
+        err = capsys.readouterr().err
+        assert err.count("in 3 of 10 pairs, chosen and rejected are the same") == 1
+
+
+def test_groups_of_equal_rewards_are_warned_of(options, tmp_path, capsys):
+    rows = toy_rows(10)
+    for row in rows[:4]:
+        row["rewards"] = [0.5] * 4
+    options |= {"data": str(write_jsonl(tmp_path / "d.jsonl", rows)), "eval_limit": 0}
+    expected = "4 of 10 groups are left out: the rewards of a prompt's completions are all equal"
+    for objective in OBJECTIVES:
+        run.train(options | {"objective": objective, "max_steps": 1}, tmp_path / objective)
+        assert capsys.readouterr().err.count(expected) == 1
+    run.train(
+        options | {"objective": "kto", "reward_threshold": 0.4, "max_steps": 1}, tmp_path / "t"
+    )
+    assert expected not in capsys.readouterr().err
+
+
+def test_good_data_are_not_warned_of(options, tmp_path, capsys):
+    for objective in OBJECTIVES:
+        run.train(options | {"objective": objective, "max_steps": 1}, tmp_path / objective)
+        assert "warning" not in capsys.readouterr().err
 
 
 def test_a_prompt_goes_through_the_model_once(model_folder, options):
