@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from humanline.dropout import switch_off_noise
 from humanline.rows import IGNORE_INDEX
 from humanline.training import packing
 from humanline.training.checkpoint import atomic_folder
@@ -174,8 +175,7 @@ def check_parts(model: nn.Module) -> None:
     Raises:
         UserError: they are not.
     """
-    prompts, completions = ([1, 2, 3, 4], [3, 4]), ([5, 6, 7, 8], [5, 6])
-    sequences = [Tokens(p, c) for p in prompts for c in completions]
+    sequences = _sample()
     batch, ours = moved(make_batch(sequences, pad=0), device_of(model)), parts(model)
     rows = ours.rows(ours.read_prompts(batch), batch.completions)
     logits = ours.logits(rows["hidden"][rows["labels"] != IGNORE_INDEX])
@@ -193,6 +193,27 @@ def check_parts(model: nn.Module) -> None:
                 "final_logit_softcapping: "
                 f"they differ by up to {difference:.3g}"
             )
+
+
+def switch_off_dropout(model: nn.Module, config: TrainConfig) -> None:
+    """As in TRL: a log-ratio to a reference should not hold dropout's noise.
+
+    Raises:
+        UserError: it cannot be switched off.
+    """
+    from humanline.training.score import reference_scores  # which imports this module
+
+    batch = moved(make_batch(_sample(), pad=0), device_of(model))
+    try:
+        switch_off_noise(model, lambda: reference_scores(model, batch, config.bf16)["ref_logps"])
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def _sample() -> list[Tokens]:
+    """Prompts and completions of several lengths, of tokens that any vocabulary has."""
+    prompts, completions = ([1, 2, 3, 4], [3, 4]), ([5, 6, 7, 8], [5, 6])
+    return [Tokens(p, c) for p in prompts for c in completions]
 
 
 def check_fits(model: nn.Module, tokenizer: Tokenizer, config: TrainConfig) -> None:
@@ -267,9 +288,10 @@ def load_model(folder: Path, config: TrainConfig, device: torch.device) -> nn.Mo
     if config.lora:
         model = _with_lora(model, config)
     check_parts(model)
+    switch_off_dropout(model, config)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    return _without_dropout(model.train())
+    return model.train()
 
 
 def _with_lora(model: nn.Module, config: TrainConfig) -> nn.Module:
@@ -293,17 +315,6 @@ def _with_lora(model: nn.Module, config: TrainConfig) -> nn.Module:
         return get_peft_model(model, lora)
     except ValueError as error:
         raise UserError(f"--lora-target-modules {targets}: {_line(error)}") from error
-
-
-def _without_dropout(model: nn.Module) -> nn.Module:
-    """As in TRL: a log-ratio to a reference should not hold dropout's noise."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        for name in ("attention_dropout", "dropout"):
-            if isinstance(getattr(module, name, None), float):
-                setattr(module, name, 0.0)
-    return model
 
 
 def model_folder(config: TrainConfig) -> Path:

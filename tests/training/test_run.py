@@ -9,12 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from toy import assistant, make_model_folder, toy_rows, without_timing, write_jsonl
 
 from humanline.training import data, examples, run, score
 from humanline.training.config import OBJECTIVES, PERCEPTIONS, REFERENCES, TrainConfig
 from humanline.training.errors import UserError
 from humanline.training.model import load_model, load_tokenizer, parts
+
+SMALL = {"vocab_size": 31, "num_hidden_layers": 2, "hidden_size": 32, "pad_token_id": 2}
 
 
 def metrics(output):
@@ -262,16 +265,13 @@ def test_gradient_checkpointing_and_bf16_run(options, tmp_path):
 
 @pytest.mark.parametrize("kind", ["gemma2", "cohere", "granite", "gpt2"])
 def test_what_other_models_do_to_their_logits_is_done(kind, options, tmp_path):
-    import transformers
-
-    small = {"vocab_size": 31, "num_hidden_layers": 2, "hidden_size": 32, "pad_token_id": 2}
     attention = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 64}
     configs = {
         "gemma2": lambda: transformers.Gemma2Config(
-            **small, **attention, head_dim=8, final_logit_softcapping=0.5
+            **SMALL, **attention, head_dim=8, final_logit_softcapping=0.5
         ),
-        "cohere": lambda: transformers.CohereConfig(**small, **attention, logit_scale=0.25),
-        "granite": lambda: transformers.GraniteConfig(**small, **attention, logits_scaling=3.0),
+        "cohere": lambda: transformers.CohereConfig(**SMALL, **attention, logit_scale=0.25),
+        "granite": lambda: transformers.GraniteConfig(**SMALL, **attention, logits_scaling=3.0),
         "gpt2": lambda: transformers.GPT2Config(
             vocab_size=31, n_layer=2, n_embd=32, n_head=4, pad_token_id=2
         ),
@@ -287,6 +287,51 @@ def test_what_other_models_do_to_their_logits_is_done(kind, options, tmp_path):
     with torch.no_grad():
         logps = score.reference_scores(model, batch)["ref_logps"]
         torch.testing.assert_close(logps, plain_logps(model, batch), rtol=1e-4, atol=1e-5)
+
+
+NOISY = {
+    "falcon": lambda: transformers.FalconConfig(
+        **SMALL, num_attention_heads=4, hidden_dropout=0.3, attention_dropout=0.3
+    ),
+    "bloom": lambda: transformers.BloomConfig(
+        vocab_size=31, n_layer=2, hidden_size=32, n_head=4, hidden_dropout=0.3
+    ),
+    "opt": lambda: transformers.OPTConfig(
+        **SMALL, num_attention_heads=4, ffn_dim=64, word_embed_proj_dim=32, dropout=0.3,
+        layerdrop=0.4,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("kind", NOISY)
+def test_no_dropout_is_taken_for_drift(kind, checkpointing, options, tmp_path):
+    """At step 0 the policy is its reference: every ratio is 1, and no token is clamped."""
+    torch.manual_seed(0)
+    folder = make_model_folder(tmp_path / "model")
+    transformers.AutoModelForCausalLM.from_config(NOISY[kind]()).save_pretrained(folder)
+    options |= {"model": str(folder), "max_steps": 2, "eval_limit": 0, "log_eps_P": -1e-4}
+    options |= {"log_eps_R": 1e-4, "gradient_checkpointing": checkpointing}
+    run.train(options, tmp_path / "out")
+    first = metrics(tmp_path / "out")[0]
+    assert first["humanline/unclamped"] == 1
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-5)
+
+
+def test_a_model_that_is_random_whatever_its_mode_is_refused(model_folder, options, monkeypatch):
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    from humanline.training import model as module
+
+    forward = LlamaMLP.forward
+    model = load_model(model_folder, TrainConfig(**options), torch.device("cpu"))
+    monkeypatch.setattr(
+        LlamaMLP, "forward", lambda self, x: forward(self, x + 0.1 * torch.randn_like(x))
+    )
+    with pytest.raises(
+        UserError, match=r"model\.layers\.0\.mlp, model\.layers\.1\.mlp draw random"
+    ):
+        module.switch_off_dropout(model, TrainConfig(**options))
 
 
 def test_a_model_that_does_something_else_to_its_logits_is_refused(model_folder, options):
@@ -476,8 +521,6 @@ def test_a_tokenizer_with_more_tokens_than_the_model(options, tmp_path):
 
 
 def test_sequences_longer_than_the_positions_a_model_learned(options, tmp_path):
-    import transformers
-
     folder = make_model_folder(tmp_path / "model")
     small = {"vocab_size": 31, "n_layer": 1, "n_embd": 32, "n_head": 4, "pad_token_id": 2}
     config = transformers.GPT2Config(**small, n_positions=10)
