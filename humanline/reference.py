@@ -100,9 +100,15 @@ class Reference:
         optimizer steps inside ``backward`` (DeepSpeed's engine, driven by accelerate), call it when
         the loss of the step's last micro-batch has been computed, before its ``backward``.
         """
-        if self.sync_every and self.step % self.sync_every == 0:
-            self._sync()
+        due = self.sync_every and self.step % self.sync_every == 0
         self.step += 1
+        if due:
+            self._sync()
+
+    @property
+    def synced(self) -> bool:
+        """Whether the reference is a policy that a sync took, no longer the one it began with."""
+        return self.sync_every > 0 and self.step > 0
 
     def memory_bytes(self) -> int:
         """Bytes this process holds besides the policy."""

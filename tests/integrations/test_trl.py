@@ -202,6 +202,28 @@ def test_only_a_copy_begins_with_a_model_of_the_caller_s(tmp_path, trainer, conf
     assert make(options={"sync_every": 0}, **given).reference.model is given["ref_model"]
 
 
+@pytest.mark.parametrize("applied", [False, True])
+@pytest.mark.parametrize("loss", ["dpo", "kto"])
+def test_syncs_do_not_write_into_a_model_of_the_caller_s(tmp_path, loss, applied):
+    """The reference begins with it, and goes on as a copy."""
+    trainer, config, data = {
+        "dpo": (HumanlineDPOTrainer, HumanlineDPOConfig, tiny.pairs),
+        "kto": (HumanlineKTOTrainer, HumanlineKTOConfig, tiny.labelled),
+    }[loss]
+    given = tiny.model()
+    tiny.disturb(given)
+    before = {name: p.clone() for name, p in given.named_parameters()}
+    options = {"humanline": not applied}
+    made = tiny.build(trainer, config, tmp_path, data(8), None, options, ref_model=given)
+    if applied:
+        apply_humanline(made)
+    began = dict(made.reference.model.named_parameters())
+    torch.testing.assert_close(began, before, rtol=0, atol=0)
+    made.train()
+    assert any((began[name] != p).any() for name, p in before.items())
+    torch.testing.assert_close(dict(given.named_parameters()), before, rtol=0, atol=0)
+
+
 def test_a_reference_model_that_has_no_part(tmp_path):
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=2, target_modules=["q_proj"])

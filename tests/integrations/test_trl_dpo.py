@@ -397,13 +397,80 @@ def test_prompt_tuning(folder):
     """Virtual tokens make the outputs longer than the labels."""
     peft = pytest.importorskip("peft")
     config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
-    trainer = build(folder, peft_config=config, log_eps_P=0.1, log_eps_R=0.5)
+    trainer = build(folder, peft_config=config, log_eps_P=99.0, log_eps_R=100.0)
     batch = tiny.batch_of(trainer)
     _, _, metrics = tiny.loss_and_gradients(trainer, batch)
-    # At first all log-ratios are 0, perceived as the lower bound: those of the completions alone.
+    # All log-ratios are perceived as the lower bound: those of the completions alone.
     tokens = batch["completion_mask"][:2].sum(1).double().mean().item()
-    assert metrics["rewards/chosen"] == [pytest.approx(0.1 * 0.1 * tokens, rel=1e-4)]
+    assert metrics["rewards/chosen"] == [pytest.approx(0.1 * 99 * tokens, rel=1e-4)]
     assert metrics["humanline/unclamped"] == [0]
+
+
+#: Adapters that do not begin as nothing: virtual tokens, layers of their own, a random product.
+NOT_ZERO = {
+    "prompt": lambda peft: peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+    "prefix": lambda peft: peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+    "lora": lambda peft: peft.LoraConfig(r=4, init_lora_weights=False, **tiny.LORA["lm_head"]),
+}
+
+
+@pytest.mark.parametrize("reference", ["adapter", "copy"])
+@pytest.mark.parametrize("name", NOT_ZERO)
+def test_an_adapter_that_is_not_zero_begins_with_the_base_as_reference(folder, name, reference):
+    """As in TRL. Never synced it stays so, and a sync makes it the policy."""
+    config = NOT_ZERO[name](pytest.importorskip("peft"))
+    base = tiny.model()
+    for sync_every in (0, 1):
+        bounds = {"log_eps_P": -1e-3, "log_eps_R": 1e-3}
+        trainer = build(
+            folder, peft_config=config, reference=reference, sync_every=sync_every, **bounds
+        )
+        batch = tiny.batch_of(trainer)
+        arguments = {k: batch[k] for k in ("input_ids", "attention_mask")}
+        arguments |= {"labels": batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)}
+        arguments |= {"fused_lm_head": True, "use_cache": False}
+        with torch.no_grad():
+            expected, mask = eager(base, batch)
+        for _ in range(2):
+            (found,) = trainer.reference.scores([arguments])
+            assert_close(found, expected, rtol=1e-4, atol=1e-4)
+            if sync_every == 0:
+                trainer.reference.before_step()
+        _, _, metrics = tiny.loss_and_gradients(trainer, batch)
+        assert metrics["humanline/unclamped"][0] < 0.5
+        if sync_every:
+            trainer.reference.before_step()
+            _, _, metrics = tiny.loss_and_gradients(trainer, batch)
+            assert metrics["humanline/unclamped"] == [1]
+
+
+def test_with_prompt_tuning_the_numbers_are_trl_s_too(folder):
+    config = NOT_ZERO["prompt"](pytest.importorskip("peft"))
+    bounds = {"log_eps_P": float("-inf"), "log_eps_R": float("inf")}
+    runs = []
+    for trainer in (
+        build(folder, peft_config=config, sync_every=0, **bounds),
+        tiny.build(DPOTrainer, DPOConfig, folder, tiny.pairs(), peft_config=config),
+    ):
+        torch.manual_seed(0)
+        for p in trainer.model.parameters():
+            if p.requires_grad:
+                torch.nn.init.normal_(p.data)
+        trainer.train()
+        runs.append(tiny.history(trainer, ["humanline/unclamped"]))
+    for row, expected in zip(*runs, strict=True):
+        assert row == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+
+def test_the_kinds_of_reference_agree_with_prompt_tuning(folder):
+    config = NOT_ZERO["prompt"](pytest.importorskip("peft"))
+    bounds = {"log_eps_P": -0.05, "log_eps_R": 0.05}
+
+    def make(**options):
+        torch.manual_seed(0)
+        return build(folder, tiny.model(path=folder / "model"), peft_config=config, **options)
+
+    tiny.check_kinds_agree(partial(make, sync_every=2, max_steps=4, **bounds))
 
 
 @pytest.mark.parametrize("reference", ["adapter", "copy"])

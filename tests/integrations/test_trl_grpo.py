@@ -185,6 +185,20 @@ def test_lora(folder, where):
     tiny.check_loss(trainer, batch, of)
 
 
+@pytest.mark.parametrize("beta", [0.04, 0.0])
+def test_an_adapter_that_is_not_zero_begins_as_in_trl(folder, beta):
+    """With the base where the KL penalty is to it; without one TRL has the policy's own alone."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, init_lora_weights=False, **tiny.LORA["lm_head"])
+    trainer = build(folder, peft_config=config, beta=beta, log_eps_P=-1e-3, log_eps_R=1e-3)
+    trainer.current_gradient_accumulation_steps = 1
+    batch = tiny.batch_of(trainer)
+    for synced in (False, True):
+        unclamped = tiny.loss_and_gradients(trainer, batch)[2]["humanline/unclamped"][0]
+        assert unclamped == 1 if synced or beta == 0 else unclamped < 0.5
+        trainer.reference.before_step()
+
+
 def test_apply_humanline_to_an_instance(folder, batch):
     options = {"loss_type": "dapo"}
     ours, applied = build(folder, **options, **CLIP), theirs(folder, **options)

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from transformers.trainer_utils import has_length
 
 from humanline.checks import require
-from humanline.integrations.trl.head import fused_head
 from humanline.integrations.trl.mixin import PreferenceMixin, Remembered
 
 
@@ -66,7 +65,7 @@ class LookaheadMixin(PreferenceMixin):
         """Log-probs of every sequence of a batch, by the name of its tokens among the inputs."""
         inputs = self._prepare_inputs(inputs)
         calls = Remembered(model)
-        with self._reference_as(calls), fused_head(model, only=()):
+        with self._reference_as(calls), self._as_reference(model):
             self.compute_ref_log_probs(calls, inputs)
         return {_name_of(ids, inputs): outputs.log_probs for ids, outputs in calls.calls}
 

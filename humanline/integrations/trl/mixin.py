@@ -6,7 +6,7 @@ along. Sync, checkpoints and the fused head are what the trainers share.
 """
 
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,8 @@ class HumanlineMixin:
     #: How log-ratios are perceived; None where humanline is off.
     perception: Perception | None = None
     reference: Reference | None = None
+    #: Whether the reference is the model without its adapter until it is synced, as TRL's is.
+    begins_at_base = False
 
     @property
     def humanline(self) -> bool:
@@ -46,6 +48,14 @@ class HumanlineMixin:
         """Perceived log-ratios ``c``, row-shaped and 0 outside ``mask``; counts the unclamped."""
         c, *self._unclamped = perceived_log_ratio(self.perception, logps, ref_logps, mask)
         return c
+
+    def _as_reference(self, model: nn.Module) -> AbstractContextManager:
+        """Around a call of what holds the reference's weights, with humanline's head."""
+        stack = ExitStack()
+        if self.begins_at_base and not self.reference.synced:
+            stack.enter_context(model.disable_adapter())  # which need not begin at zero
+        stack.enter_context(fused_head(model, only=()))
+        return stack
 
     @contextmanager
     def _perceiving(self):
@@ -121,7 +131,11 @@ class PreferenceMixin(HumanlineMixin):
         """Stands in for TRL's call of its reference model."""
         outputs = policy.outputs_of(kwargs["input_ids"])
         with torch.enable_grad():  # TRL calls its reference without
-            c = self.perceived(outputs.log_probs, ref_logps_of(kwargs), outputs.label_mask)
+            # An adapter's virtual tokens are there once the reference has them.
+            ref_logps = ref_logps_of(kwargs)
+            virtual = outputs.log_probs.shape[1] - ref_logps.shape[1]
+            ref_logps = nn.functional.pad(ref_logps, (virtual, 0))
+            c = self.perceived(outputs.log_probs, ref_logps, outputs.label_mask)
             return FusedCausalLMOutput(log_probs=outputs.log_probs - c)
 
     def _ref_logps_of(self, inputs: dict[str, Any]) -> Callable[[dict], Tensor]:
@@ -130,7 +144,7 @@ class PreferenceMixin(HumanlineMixin):
 
     def score(self, model: nn.Module, kwargs: dict[str, Any]) -> Tensor:
         """The reference's score of a batch: its log-probs."""
-        with self.accelerator.autocast(), fused_head(model, only=()):
+        with self.accelerator.autocast(), self._as_reference(model):
             return model(**kwargs).log_probs
 
     @contextmanager
@@ -204,5 +218,5 @@ class PolicyGradientMixin(HumanlineMixin):
         """The reference's score of a batch: its log-probs."""
         args, kwargs = batch
         kwargs = kwargs | {"compute_entropy": False, "compute_aux_loss": False}
-        with fused_head(model, only=()):
+        with self._as_reference(model):
             return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)[0]

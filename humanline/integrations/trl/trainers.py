@@ -1,5 +1,6 @@
 """The trainers, their configs, and the way to make one of a trainer that someone else built."""
 
+import copy
 import inspect
 from dataclasses import dataclass, field
 from typing import Any
@@ -129,11 +130,13 @@ class _Built(HumanlineMixin):
             return
         require_known_trl()
         checks.check_options(given.get("args"))
+        ref_given = given.get("ref_model") is not None
+        if ref_given and options.sync_every:  # a sync writes into it, and it is the caller's
+            given = {**given, "ref_model": copy.deepcopy(given["ref_model"])}
         with checks.adapter_on_head_allowed(type(self)):
             super().__init__(**given)
         own = type(self)  # has all it needs
         schedule = options.sync_every, options.reference
-        ref_given = given.get("ref_model") is not None
         _install(self, own, options.perception, *schedule, ref_given)
 
     def _checked(self, given: dict[str, Any]) -> dict[str, Any]:
@@ -195,7 +198,8 @@ def apply_humanline(
 
     Unless ``reference`` is "copy", the trainer's ``ref_model`` is dropped, and the policy as it is
     begins as the reference. With full fine-tuning TRL loads a ``ref_model`` where none was given,
-    so one of the caller's own, dropped too, cannot be told from it.
+    so one of the caller's own, dropped too, cannot be told from it. For the same reason a copy of
+    it is what syncs write into.
 
     Args:
         trainer: TRL's DPOTrainer, KTOTrainer or GRPOTrainer, or an instance of a subclass.
@@ -213,6 +217,8 @@ def apply_humanline(
     checks.check_options(trainer.args)
     # Under PEFT TRL loads none.
     ref_given = is_peft_model(trainer.model) and trainer.ref_model is not None
+    if sync_every and reference in (None, "copy") and mixin is PreferenceMixin:
+        trainer.ref_model = copy.deepcopy(trainer.ref_model)  # it may be the caller's
     _install(trainer, mixin, perception, sync_every, reference, ref_given)
 
 
@@ -234,6 +240,7 @@ def _install(
     kind = kind or ("adapter" if is_peft_model(trainer.model) else "copy")
     checks.check_model(trainer, kind, ref_given)
     _become(trainer, LookaheadMixin if kind == "lookahead" else mixin)
+    trainer.begins_at_base = _begins_at_base(trainer)
     trainer.reference = _make_reference(trainer, kind, sync_every)
     trainer.perception = perception
     if not trainer.is_deepspeed_enabled:
@@ -244,6 +251,21 @@ def _install(
         f"{f'synced every {steps}' if sync_every else 'never synced'}, "
         f"holding {trainer.reference.memory_bytes() / 2**20:.1f} MiB; log-probs by humanline's "
         "fused head"
+    )
+
+
+def _begins_at_base(trainer: _BaseTrainer) -> bool:
+    """Whether TRL's reference is the model without its adapter.
+
+    It is not, where the caller brings an adapter (TRL copies it as "ref") or a reference model, nor
+    where TRL has no reference: GRPO without a KL penalty.
+    """
+    model = trainer.model
+    return (
+        is_peft_model(model)
+        and "ref" not in model.peft_config
+        and trainer.ref_model is None
+        and not (isinstance(trainer, GRPOTrainer) and trainer.beta == 0)
     )
 
 
