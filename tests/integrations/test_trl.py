@@ -22,6 +22,11 @@ from humanline.integrations.trl import (
 
 CONFIGS = [HumanlineDPOConfig, HumanlineKTOConfig, HumanlineGRPOConfig]
 
+LOSSES = {
+    "dpo": (HumanlineDPOTrainer, HumanlineDPOConfig, tiny.pairs),
+    "kto": (HumanlineKTOTrainer, HumanlineKTOConfig, tiny.labelled),
+}
+
 
 def build(folder, data=None, policy=None, config=HumanlineDPOConfig, arguments=(), **options):
     data = tiny.pairs(4) if data is None else data
@@ -206,10 +211,7 @@ def test_only_a_copy_begins_with_a_model_of_the_caller_s(tmp_path, trainer, conf
 @pytest.mark.parametrize("loss", ["dpo", "kto"])
 def test_syncs_do_not_write_into_a_model_of_the_caller_s(tmp_path, loss, applied):
     """The reference begins with it, and goes on as a copy."""
-    trainer, config, data = {
-        "dpo": (HumanlineDPOTrainer, HumanlineDPOConfig, tiny.pairs),
-        "kto": (HumanlineKTOTrainer, HumanlineKTOConfig, tiny.labelled),
-    }[loss]
+    trainer, config, data = LOSSES[loss]
     given = tiny.model()
     tiny.disturb(given)
     before = {name: p.clone() for name, p in given.named_parameters()}
@@ -246,6 +248,20 @@ def test_adapters_on_the_head_that_cannot_be_folded(tmp_path, lora, options, mes
     config = peft.LoraConfig(r=2, target_modules=["lm_head"], **lora)
     with pytest.raises(ValueError, match=message):
         build(tmp_path, arguments={"peft_config": config}, **options)
+
+
+@pytest.mark.parametrize("loss", ["dpo", "kto"])
+def test_dropout_that_is_asked_for_is_refused(tmp_path, loss):
+    peft = pytest.importorskip("peft")
+    trainer, config, data = LOSSES[loss]
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj"], lora_dropout=0.1)
+    options = {"disable_dropout": False}
+    make = partial(tiny.build, trainer, config, tmp_path, data(4), None, peft_config=lora)
+    with pytest.raises(
+        ValueError, match=r"dropout=False contradicts humanline: .*q_proj.lora_drop"
+    ):
+        make(options)
+    make(options | {"humanline": False})
 
 
 def test_without_humanline_trl_refuses_an_adapter_on_the_head_as_ever(tmp_path):

@@ -430,7 +430,7 @@ def test_an_adapter_that_is_not_zero_begins_with_the_base_as_reference(folder, n
         arguments |= {"labels": batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)}
         arguments |= {"fused_lm_head": True, "use_cache": False}
         with torch.no_grad():
-            expected, mask = eager(base, batch)
+            expected, _ = eager(base, batch)
         for _ in range(2):
             (found,) = trainer.reference.scores([arguments])
             assert_close(found, expected, rtol=1e-4, atol=1e-4)

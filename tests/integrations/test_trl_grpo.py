@@ -43,8 +43,9 @@ def folder(tmp_path_factory):
 def build(folder, data=None, cls=HumanlineGRPOTrainer, config=HumanlineGRPOConfig, **options):
     names = ("eval_dataset", "reward_funcs", "peft_config", "tools")
     arguments = {name: options.pop(name) for name in names if name in options}
+    policy = options.pop("policy", None)
     data = tiny.groups() if data is None else data
-    return tiny.build(cls, config, folder, data, None, OPTIONS | options, **arguments)
+    return tiny.build(cls, config, folder, data, policy, OPTIONS | options, **arguments)
 
 
 def theirs(folder, **options):
@@ -210,6 +211,54 @@ def test_apply_humanline_to_an_instance(folder, batch):
         results.append(tiny.loss_and_gradients(trainer, batch))
     assert_close(results[0][0], results[1][0], **EXACT)
     assert results[0][2]["humanline/unclamped"] == results[1][2]["humanline/unclamped"] != [1.0]
+
+
+# Dropout
+
+NOISY = {
+    "lora": {"target_modules": ["q_proj", "v_proj"], "lora_dropout": 0.5},
+    "whole": {},
+}
+
+
+def noisy(folder, name, make=build, **options):
+    """A trainer of a model with dropout, in an adapter or its attention."""
+    peft = pytest.importorskip("peft")
+    made = tiny.model(path=folder / "model")
+    if name == "lora":
+        options["peft_config"] = peft.LoraConfig(r=4, init_lora_weights=False, **NOISY[name])
+    else:
+        for layer in made.model.layers:  # no module of its own: a number in the attention's
+            layer.self_attn.attention_dropout = 0.5
+    return make(folder, policy=made, beta=0.0, log_eps_P=-1e-4, log_eps_R=1e-4, **options)
+
+
+def with_grpo_s_own_config(folder, log_eps_P, log_eps_R, **options):
+    return build(folder, config=GRPOConfig, **options)
+
+
+@pytest.mark.parametrize("make", [build, with_grpo_s_own_config])
+@pytest.mark.parametrize("name", NOISY)
+def test_dropout_is_not_taken_for_drift(folder, name, make):
+    """At learning rate 0 the policy is its reference: no ratio leaves 1, whatever the bounds."""
+    trainer = noisy(folder, name, make, learning_rate=0.0, max_steps=3)
+    trainer.perception = hl.Clip(-1e-4, 1e-4)
+    trainer.train()
+    rows = [row for row in trainer.state.log_history if "loss" in row]
+    assert [row["humanline/unclamped"] for row in rows] == [1, 1, 1]
+    assert [row["clip_ratio/region_mean"] for row in rows] == [0, 0, 0]
+
+
+@pytest.mark.parametrize(("name", "module"), [("lora", "lora_dropout"), ("whole", "self_attn")])
+def test_dropout_that_is_asked_for_is_refused(folder, name, module):
+    with pytest.raises(ValueError, match=rf"dropout=False contradicts humanline: .*{module}.* and"):
+        noisy(folder, name, disable_dropout=False)
+    assert build(folder, disable_dropout=False).args.disable_dropout is False  # and there is none
+
+
+def test_grpo_s_default_is_trl_s_without_humanline():
+    assert not HumanlineGRPOConfig(use_cpu=True, humanline=False).disable_dropout
+    assert HumanlineGRPOConfig(use_cpu=True).disable_dropout
 
 
 # Without generation

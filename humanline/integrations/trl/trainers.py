@@ -13,6 +13,7 @@ from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, KTOConfig, KTOTr
 from trl.trainer.base_trainer import _BaseTrainer
 
 from humanline.checks import require
+from humanline.integrations import trl_noise
 from humanline.integrations.trl import checks
 from humanline.integrations.trl.lookahead import LookaheadMixin
 from humanline.integrations.trl.mixin import (
@@ -86,7 +87,8 @@ class HumanlineKTOConfig(HumanlineOptions, KTOConfig):
 
 @dataclass
 class HumanlineGRPOConfig(HumanlineOptions, GRPOConfig):
-    """TRL's GRPOConfig, :class:`HumanlineOptions` and ``generate_every``."""
+    """TRL's GRPOConfig, :class:`HumanlineOptions` and ``generate_every``. With humanline
+    ``disable_dropout`` is True by default, as TRL has it for DPO and KTO."""
 
     generate_every: int | None = field(
         default=None,
@@ -95,8 +97,14 @@ class HumanlineGRPOConfig(HumanlineOptions, GRPOConfig):
             "sampled at once. Default: as steps_per_generation and generation_batch_size say."
         },
     )
+    disable_dropout: bool | None = field(
+        default=None,
+        metadata={"help": "Whether to disable dropout in the model. Default: as humanline."},
+    )
 
     def __post_init__(self):
+        if self.disable_dropout is None:
+            self.disable_dropout = self.humanline
         if self.generate_every is not None:
             self._set_steps_per_generation()
         super().__post_init__()
@@ -239,12 +247,18 @@ def _install(
 ) -> None:
     kind = kind or ("adapter" if is_peft_model(trainer.model) else "copy")
     checks.check_model(trainer, kind, ref_given)
+    noisy = trl_noise.switch_off(trainer)
     _become(trainer, LookaheadMixin if kind == "lookahead" else mixin)
     trainer.begins_at_base = _begins_at_base(trainer)
     trainer.reference = _make_reference(trainer, kind, sync_every)
     trainer.perception = perception
     if not trainer.is_deepspeed_enabled:
         trainer.add_callback(SyncBeforeStep(trainer.reference))
+    if noisy:
+        logger.warning(
+            f"humanline: what is random in {len(noisy)} modules, {noisy[0] or 'the model'} among "
+            "them, is switched off: it would be taken for the policy's drift"
+        )
     steps = "optimizer step" if sync_every == 1 else f"{sync_every} optimizer steps"
     logger.info(
         f"humanline: {perception}; reference: {kind}, "
