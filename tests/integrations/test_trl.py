@@ -257,9 +257,7 @@ def test_dropout_that_is_asked_for_is_refused(tmp_path, loss):
     lora = peft.LoraConfig(r=2, target_modules=["q_proj"], lora_dropout=0.1)
     options = {"disable_dropout": False}
     make = partial(tiny.build, trainer, config, tmp_path, data(4), None, peft_config=lora)
-    with pytest.raises(
-        ValueError, match=r"dropout=False contradicts humanline: .*q_proj.lora_drop"
-    ):
+    with pytest.raises(ValueError, match=r"contradicts humanline: .*q_proj.lora_drop"):
         make(options)
     make(options | {"humanline": False})
 

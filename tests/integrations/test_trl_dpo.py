@@ -135,6 +135,16 @@ def test_several_losses_are_the_objective_s(folder):
     check_against(hl.DPO(perception=hl.Clip(**CLIP), **options), trainer)
 
 
+@pytest.mark.parametrize("loss_type", ["ipo", "sigmoid_norm"])
+def test_a_token_that_is_not_scored_is_not_counted(folder, loss_type):
+    """The first of a sequence whose prompt is cut away: of k tokens, k-1 have a log-prob."""
+    options = {"max_length": 3, "truncation_mode": "keep_end", "loss_type": [loss_type], **CLIP}
+    trainer = build(folder, **options)
+    tiny.disturb(trainer.model)
+    assert tiny.batch_of(trainer)["completion_mask"][:, 0].any()
+    check_against(objective(loss_type), trainer)
+
+
 def test_bounds_that_do_not_bracket_zero(on):
     """Padding's log-ratio stays 0 where 0 itself would be clamped."""
     set_loss(on, "sigmoid")

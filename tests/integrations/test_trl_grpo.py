@@ -200,6 +200,38 @@ def test_an_adapter_that_is_not_zero_begins_as_in_trl(folder, beta):
         trainer.reference.before_step()
 
 
+def one_by_one(policy, batch):
+    """As ``eager``, each sequence by itself and without padding."""
+    pairs = zip(batch["prompt_ids"], batch["prompt_mask"].bool(), strict=True)
+    prompts = [ids[m] for ids, m in pairs]
+    mask = batch["completion_mask"].bool()
+    picked, entropy = torch.zeros(mask.shape), torch.zeros(mask.shape)
+    for i, prompt in enumerate(prompts):
+        completion = batch["completion_ids"][i][mask[i]]
+        ids = torch.cat([prompt, completion])
+        logits = policy(input_ids=ids[None]).logits[0, len(prompt) - 1 : -1]
+        logps = (logits / TEMPERATURE).log_softmax(-1)
+        n = len(completion)
+        picked[i, :n] = logps.gather(-1, completion[:, None])[:, 0]
+        entropy[i, :n] = -(logps.exp() * logps).sum(-1)
+    return picked, mask, entropy
+
+
+def test_padding_does_not_move_learned_positions(tmp_path, monkeypatch):
+    """Prompts are padded on the left, and positions begin with their first token."""
+    monkeypatch.setitem(globals(), "eager", one_by_one)
+    policy = tiny.model("learned positions", path=tmp_path / "model")
+    trainer = build(
+        tmp_path, policy=policy, loss_type="dapo", per_device_train_batch_size=16, **CLIP
+    )
+    trainer.current_gradient_accumulation_steps = 1
+    batch = tiny.batch_of(trainer)
+    assert not batch["prompt_mask"].all()
+    tiny.disturb(trainer.model)
+    models = trainer.model, trainer.reference.model
+    tiny.check_loss(trainer, batch, partial(expected, *models, loss_type="dapo"))
+
+
 def test_apply_humanline_to_an_instance(folder, batch):
     options = {"loss_type": "dapo"}
     ours, applied = build(folder, **options, **CLIP), theirs(folder, **options)

@@ -19,6 +19,8 @@ from transformers import (
     Cohere2ForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
@@ -88,6 +90,17 @@ MODELS = {
     ),
     "scale": lambda: Cohere2ForCausalLM(Cohere2Config(**SIZES, logit_scale=0.25)),
     "bias": lambda: BiasedLlama(LlamaConfig(**SIZES)),
+    "learned positions": lambda: GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=VOCAB,
+            n_positions=64,
+            n_embd=16,
+            n_layer=2,
+            n_head=2,
+            bos_token_id=1,
+            eos_token_id=1,
+        )
+    ),
 }
 
 

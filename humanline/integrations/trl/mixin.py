@@ -5,6 +5,7 @@ this difference is the perceived one, with its gradient: all loss types, weights
 along. Sync, checkpoints and the fused head are what the trainers share.
 """
 
+import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
@@ -20,8 +21,7 @@ from trl.trainer.utils import FusedCausalLMOutput
 
 from humanline.checks import require
 from humanline.integrations.perceived import perceived_log_ratio, share
-from humanline.integrations.trl import checks
-from humanline.integrations.trl.head import fused_head
+from humanline.integrations.trl.head import causal_model, fused_head
 from humanline.perception import Perception
 from humanline.reference import Reference
 
@@ -120,6 +120,7 @@ class PreferenceMixin(HumanlineMixin):
     def _compute_loss(self, model, inputs, *args, **kwargs):
         if not self.humanline:
             return super()._compute_loss(model, inputs, *args, **kwargs)
+        inputs = {**inputs, "completion_mask": _scored(inputs["completion_mask"])}
         policy = Remembered(model)
         reference = partial(self._call_reference, policy, self._ref_logps_of(inputs))
         with self._reference_as(reference), self._perceiving():
@@ -159,6 +160,17 @@ class PreferenceMixin(HumanlineMixin):
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
         checks.check_chat_template(processing_class, checks.first_row(dataset), dataset_name)
         return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+
+
+def _scored(completion_mask: Tensor) -> Tensor:
+    """Without a sequence's first token, which nothing predicts.
+
+    It belongs to the completion where truncation has left none of the prompt, and TRL's means over
+    a completion's tokens would count it.
+    """
+    mask = completion_mask.clone()
+    mask[:, 0] = 0
+    return mask
 
 
 class Remembered:
@@ -202,6 +214,7 @@ class PolicyGradientMixin(HumanlineMixin):
         score = super()._get_per_token_logps_and_entropies
         if not self.humanline:
             return score(model, *args, **kwargs)
+        model = self._with_positions(model)
         inputs = self._perceived_inputs
         if inputs is None:  # TRL, about to keep log-probs that the next sync makes stale
             return None, None, None
@@ -219,4 +232,26 @@ class PolicyGradientMixin(HumanlineMixin):
         args, kwargs = batch
         kwargs = kwargs | {"compute_entropy": False, "compute_aux_loss": False}
         with self._as_reference(model):
+            model = self._with_positions(model)
             return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)[0]
+
+    def _with_positions(self, model: nn.Module) -> Callable[..., Any]:
+        """The model, told where each token stands.
+
+        Prompts are padded on their left, and positions that count the padding are not those at
+        which the sampler saw the tokens: with learned positions they have other log-probs. Models
+        that do not take positions, or make them of images too, are left to themselves.
+        """
+        plain = causal_model(self.accelerator.unwrap_model(model))
+        if (
+            "position_ids" not in inspect.signature(plain.forward).parameters
+            or plain.config.get_text_config() is not plain.config
+            or getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False)
+        ):
+            return model
+
+        def call(*, attention_mask: Tensor, **inputs: Any) -> Any:
+            positions = (attention_mask.cumsum(1) - 1).clamp(min=0)
+            return model(attention_mask=attention_mask, position_ids=positions, **inputs)
+
+        return call
