@@ -245,6 +245,115 @@ def test_apply_humanline_to_an_instance(folder, batch):
     assert results[0][2]["humanline/unclamped"] == results[1][2]["humanline/unclamped"] != [1.0]
 
 
+# Corrections for the sampler
+
+
+def samples_as_vllm(trainer, monkeypatch, mode):
+    """Completions and their log-probs come from a sampler that is not quite the policy."""
+    generate = trainer._generate_single_turn
+    generator = torch.Generator().manual_seed(0)
+
+    def sampled(prompt_ids, *args, **kwargs):
+        torch.manual_seed(0)
+        ids, _ = generate(prompt_ids, *args, **kwargs)
+        return ids, [(-3 * torch.rand(len(x), generator=generator)).tolist() for x in ids]
+
+    monkeypatch.setattr(trainer, "_generate_single_turn", sampled)
+    of_generation = trainer._generate_and_score_completions
+
+    def with_vllm(inputs):  # TRL would ask it to generate
+        trainer.use_vllm = True
+        return of_generation(inputs)
+
+    def generated(*args, **kwargs):
+        trainer.use_vllm = False
+        result = sampled(*args, **kwargs)
+        trainer.use_vllm = True
+        return result
+
+    monkeypatch.setattr(trainer, "_generate_single_turn", generated)
+    monkeypatch.setattr(trainer, "_generate_and_score_completions", with_vllm)
+    monkeypatch.setattr(trainer, "vllm_importance_sampling_correction", True)
+    monkeypatch.setattr(trainer, "vllm_importance_sampling_mode", mode)
+    trainer.current_gradient_accumulation_steps = 1
+    trainer.model.train()
+
+
+@pytest.mark.parametrize("kind", ["copy", "adapter"])
+@pytest.mark.parametrize(
+    ("mode", "loss_type"),
+    [("sequence_mask", "dapo"), ("token_truncate", "dapo"), ("token_truncate", "vespo")],
+)
+def test_the_correction_from_vllm_is_trl_s(folder, monkeypatch, mode, loss_type, kind):
+    """From the sampler to the policy at sampling, whatever the reference: without bounds, the
+    policy at sampling for a reference, loss and gradients are TRL's."""
+    bounds = {"log_eps_P": float("-inf"), "log_eps_R": float("inf")}
+    results = []
+    options = {"loss_type": loss_type, "beta": 0.0, "reward_funcs": reward}
+    for trainer in (
+        build(folder, tiny.prompts(), sync_every=0, reference=kind, **options, **bounds),
+        build(folder, tiny.prompts(), GRPOTrainer, GRPOConfig, **options),
+    ):
+        samples_as_vllm(trainer, monkeypatch, mode)
+        batch = tiny.batch_of(trainer)
+        tiny.disturb(trainer.model)
+        loss, grads, _ = tiny.loss_and_gradients(trainer, batch)
+        results.append((batch["importance_sampling_ratio"], loss, grads))
+    assert_close(results[0], results[1], rtol=1e-4, atol=2e-6)
+    assert results[0][0].unique().numel() > 2
+
+
+def test_the_correction_from_vllm_goes_with_a_synced_reference(folder, monkeypatch):
+    """It multiplies a token's loss, of the perceived ratio."""
+    options = {"loss_type": "dapo", "beta": 0.0, "reward_funcs": reward}
+    trainer = build(folder, tiny.prompts(), **options, **CLIP)
+    samples_as_vllm(trainer, monkeypatch, "token_truncate")
+    tiny.disturb(trainer.model, seed=2)  # the policy at sampling is not the reference
+    batch = tiny.batch_of(trainer)
+    tiny.disturb(trainer.model)
+    loss, grads, _ = tiny.loss_and_gradients(trainer, batch)
+    logps, mask, _ = eager(trainer.model, batch)
+    with torch.no_grad():
+        ref_logps = eager(tiny.model(), batch)[0]  # it began as
+    c = (logps - ref_logps).clamp(CLIP["log_eps_P"], CLIP["log_eps_R"])
+    r, a = c.exp(), batch["advantages"][:, None]
+    per_token = -torch.minimum(r * a, r.clamp(0.8, 1.2) * a) * batch["importance_sampling_ratio"]
+    truth = (per_token * mask).sum() / batch["num_items_in_batch"]
+    truth.backward()
+    assert_close(loss, truth.detach(), rtol=1e-4, atol=1e-6)
+    assert_close(grads, tiny.gradients(trainer.model), rtol=1e-4, atol=2e-6)
+
+
+def test_an_off_policy_mask_is_of_the_drift_from_the_sampler(folder):
+    """Where the reference is never synced it is TRL's: sampled once, trained on four times."""
+    bounds = {"log_eps_P": float("-inf"), "log_eps_R": float("inf")}
+    options = {"num_iterations": 4, "beta": 0.0, "loss_type": "dapo"}
+    losses = []
+    for threshold in (0.02, 1e9):
+        options["off_policy_mask_threshold"] = threshold
+        for trainer in (
+            build(folder, tiny.prompts(), sync_every=0, reward_funcs=reward, **options, **bounds),
+            theirs(folder, **options),
+        ):
+            trainer.current_gradient_accumulation_steps = 1
+            trainer.model.train()
+            torch.manual_seed(0)
+            batch = tiny.batch_of(trainer)
+            tiny.disturb(trainer.model)
+            losses.append(tiny.loss_and_gradients(trainer, batch)[:2])
+    assert_close(losses[0], losses[1], rtol=1e-4, atol=2e-6)
+    assert_close(losses[2], losses[3], rtol=1e-4, atol=2e-6)
+    assert abs(losses[0][0] - losses[2][0]) > 0.01
+
+
+def test_trl_may_sync_a_reference_that_humanline_does_not(folder):
+    """At its own times, and not into a model of the caller's."""
+    options = {"sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 1.0}
+    trainer = build(folder, sync_every=0, **options, **CLIP)
+    trainer.train()
+    assert_close(dict(trainer.reference.model.named_parameters()), tiny.weights(trainer), **EXACT)
+
+
 # Dropout
 
 NOISY = {

@@ -14,7 +14,7 @@ from humanline.checks import require
 from humanline.integrations.trl.head import causal_model, is_adapted, require_plain_lora
 from humanline.reference import REFERENCES
 
-#: Options that contradict humanline: the value they must have, and why.
+#: Options that contradict a reference that is synced: the value they must have, and why.
 CONTRADICTIONS = {
     "precompute_ref_log_probs": (False, "the reference is synced, so its log-probs do not keep"),
     "sync_ref_model": (
@@ -28,18 +28,30 @@ CONTRADICTIONS = {
 }
 
 
-def check_options(args: Any) -> None:
-    """Raise ValueError if an option of TRL's contradicts humanline."""
+def check_options(args: Any, sync_every: int, kind: str | None) -> None:
+    """Raise ValueError if an option of TRL's contradicts humanline.
+
+    Args:
+        args: TRL's options.
+        sync_every: optimizer steps between syncs. Never synced, the reference is TRL's affair.
+        kind: of the reference, as asked for.
+    """
     for name, (wanted, reason) in CONTRADICTIONS.items():
         value = getattr(args, name, wanted)
         require(
-            value == wanted,
-            f"{name}={value!r} contradicts humanline: {reason}. Set {name}={wanted!r}",
+            sync_every == 0 or value == wanted,
+            f"{name}={value!r} contradicts humanline: {reason}. Set {name}={wanted!r}, or "
+            "sync_every=0",
         )
     require(
-        not (getattr(args, "use_vllm", False) and args.vllm_importance_sampling_correction),
-        "vllm_importance_sampling_correction=True contradicts humanline: it corrects from the "
-        "sampler to the old policy, and the ratio is to the synced reference. Set it to False",
+        not getattr(args, "sync_ref_model", False) or kind in (None, "copy"),
+        f"sync_ref_model=True renews a second model, and reference={kind!r} has none: leave "
+        "reference out",
+    )
+    require(
+        not getattr(args, "precompute_ref_log_probs", False) or kind is None,
+        f"precompute_ref_log_probs=True needs no reference once it is trained, but reference="
+        f"{kind!r}: leave one of them out",
     )
 
 

@@ -214,11 +214,14 @@ class PolicyGradientMixin(HumanlineMixin):
         score = super()._get_per_token_logps_and_entropies
         if not self.humanline:
             return score(model, *args, **kwargs)
-        model = self._with_positions(model)
         inputs = self._perceived_inputs
-        if inputs is None:  # TRL, about to keep log-probs that the next sync makes stale
-            return None, None, None
-        logps, *rest = score(model, *args, **kwargs)
+        if inputs is None:
+            return self._at_sampling(model, *args, **kwargs)
+        logps, *rest = score(self._with_positions(model), *args, **kwargs)
+        if self.off_policy_mask_threshold is not None:
+            sampled = inputs.get("old_per_token_logps")
+            sampled = logps.detach() if sampled is None else sampled
+            inputs.setdefault("sampling_per_token_logps", sampled)
         (ref_logps,) = self.reference.scores([(args, kwargs)])
         mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
         c = self.perceived(logps, ref_logps, mask)
@@ -226,6 +229,20 @@ class PolicyGradientMixin(HumanlineMixin):
         inputs["old_per_token_logps"] = (logps - c).detach()
         inputs["ref_per_token_logps"] = ref_logps + (perceived_logps - logps)
         return perceived_logps, *rest
+
+    def _at_sampling(self, model: nn.Module, *args: Any, **kwargs: Any) -> tuple:
+        """What TRL keeps with the completions: log-probs that the next sync makes stale.
+
+        Those of the policy that sampled do not serve as reference, but two corrections for what it
+        is not: from vLLM to it, and of how far the policy has gone from it.
+        """
+        of_vllm = self.use_vllm and self.vllm_importance_sampling_correction
+        needed = of_vllm or self.off_policy_mask_threshold is not None
+        if not needed or model is self.ref_model:
+            return None, None, None
+        with fused_head(model, only=()):
+            score = super()._get_per_token_logps_and_entropies
+            return score(self._with_positions(model), *args, **kwargs)
 
     def score(self, model: nn.Module, batch: tuple[tuple, dict[str, Any]]) -> Tensor:
         """The reference's score of a batch: its log-probs."""

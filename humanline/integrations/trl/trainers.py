@@ -137,9 +137,10 @@ class _Built(HumanlineMixin):
             super().__init__(**given)
             return
         require_known_trl()
-        checks.check_options(given.get("args"))
+        checks.check_options(given.get("args"), options.sync_every, options.reference)
         ref_given = given.get("ref_model") is not None
-        if ref_given and options.sync_every:  # a sync writes into it, and it is the caller's
+        syncs = options.sync_every > 0 or getattr(given.get("args"), "sync_ref_model", False)
+        if ref_given and syncs:  # which write into it, and it is the caller's
             given = {**given, "ref_model": copy.deepcopy(given["ref_model"])}
         with checks.adapter_on_head_allowed(type(self)):
             super().__init__(**given)
@@ -222,7 +223,7 @@ def apply_humanline(
     require_known_trl()
     mixin = next((mixin for base, mixin in MIXINS.items() if isinstance(trainer, base)), None)
     checks.check_instance(trainer, mixin, MIXINS)
-    checks.check_options(trainer.args)
+    checks.check_options(trainer.args, sync_every, reference)
     # Under PEFT TRL loads none.
     ref_given = is_peft_model(trainer.model) and trainer.ref_model is not None
     if sync_every and reference in (None, "copy") and mixin is PreferenceMixin:
