@@ -21,6 +21,7 @@ from trl.trainer.utils import FusedCausalLMOutput
 
 from humanline.checks import require
 from humanline.integrations.perceived import perceived_log_ratio, share
+from humanline.integrations.trl import checks
 from humanline.integrations.trl.head import causal_model, fused_head
 from humanline.perception import Perception
 from humanline.reference import Reference

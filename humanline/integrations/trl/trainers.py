@@ -13,8 +13,7 @@ from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, KTOConfig, KTOTr
 from trl.trainer.base_trainer import _BaseTrainer
 
 from humanline.checks import require
-from humanline.integrations import trl_noise
-from humanline.integrations.trl import checks
+from humanline.integrations.trl import checks, noise
 from humanline.integrations.trl.lookahead import LookaheadMixin
 from humanline.integrations.trl.mixin import (
     HumanlineMixin,
@@ -248,7 +247,7 @@ def _install(
 ) -> None:
     kind = kind or ("adapter" if is_peft_model(trainer.model) else "copy")
     checks.check_model(trainer, kind, ref_given)
-    noisy = trl_noise.switch_off(trainer)
+    noisy = noise.switch_off(trainer)
     _become(trainer, LookaheadMixin if kind == "lookahead" else mixin)
     trainer.begins_at_base = _begins_at_base(trainer)
     trainer.reference = _make_reference(trainer, kind, sync_every)
