@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from humanline import checks, philox
+from humanline import checks, gradients, philox
 
 __all__ = ["BetaRejection", "Clip", "Identity", "Perception", "ProspectWeight", "capacity"]
 
@@ -100,7 +100,7 @@ class Clip(Perception):
 
     def perceive(self, log_ratio: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         unclamped = (log_ratio > self.log_eps_P) & (log_ratio < self.log_eps_R)
-        return log_ratio.clamp(self.log_eps_P, self.log_eps_R), unclamped
+        return gradients.clamp(log_ratio, self.log_eps_P, self.log_eps_R), unclamped
 
 
 @dataclass(frozen=True)
@@ -189,8 +189,8 @@ class ProspectWeight(Perception):
     def perceive(self, log_ratio: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         weight = self.weights(log_ratio.detach(), mask)
         # Value d, gradient `weight`: the second term is zero in the forward.
-        moving = log_ratio - log_ratio.detach()
-        return log_ratio.detach() + weight * moving.nan_to_num(), torch.ones_like(mask)
+        perceived = log_ratio.detach() + weight * gradients.moving(log_ratio)
+        return perceived, torch.ones_like(mask)
 
     def weights(self, d: Tensor, mask: Tensor) -> Tensor:
         """Decision weights of shape ``[N]``, mean 1 over the mask and 0 outside it."""

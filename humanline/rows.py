@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from humanline.checks import require
+from humanline.gradients import moving
 
 IGNORE_INDEX = -100
 
@@ -209,7 +210,7 @@ class Rows:
     @property
     def perceived_logps(self) -> Tensor:
         """``logps``, with the gradient that the perception leaves them."""
-        return self.logps.detach() + (self.log_ratio - self.log_ratio.detach()).nan_to_num()
+        return self.logps.detach() + moving(self.log_ratio)
 
     @property
     def tokens(self) -> Tensor:

@@ -13,8 +13,10 @@ SAPO = tl.constexpr(2)
 NLL = tl.constexpr(3)
 KINDS = {"clipped": CLIPPED, "cispo": CISPO, "sapo": SAPO, "nll": NLL}
 
-# Beyond this an exponential of a log-ratio is held constant, see objectives/grpo.py.
+# Beyond the first an exponential of a log-ratio is held constant, below the second it is 0: see
+# objectives/grpo.py.
 MAX_EXPONENT = tl.constexpr(80.0)
+MIN_LOG_RATIO = tl.constexpr(-1e4)
 
 # Kinds of KL penalty.
 NO_KL = tl.constexpr(0)
@@ -54,6 +56,30 @@ def sapo_gate(ratio, advantage, temperature_pos, temperature_neg):
 
 
 @triton.jit
+def k3(d):
+    """``e^{−d} + d − 1``, constant below −80, and its derivative."""
+    e = tl.exp(tl.minimum(-d, MAX_EXPONENT))
+    return e + tl.maximum(d, -MAX_EXPONENT) - 1.0, tl.where(d >= -MAX_EXPONENT, 1.0 - e, 0.0)
+
+
+@triton.jit
+def k3_times_ratio(d, c, slope):
+    """``k3(d) · e^c`` and its derivative by the log-prob, by which ``d`` has slope 1."""
+    d_slope = tl.where(d >= MIN_LOG_RATIO, 1.0, 0.0)
+    c_slope = tl.where((c >= MIN_LOG_RATIO) & (c <= MAX_EXPONENT), slope, 0.0)
+    d = tl.maximum(d, MIN_LOG_RATIO)
+    c = tl.minimum(tl.maximum(c, MIN_LOG_RATIO), MAX_EXPONENT)
+    apart = c - d
+    e = tl.exp(tl.minimum(apart, MAX_EXPONENT))
+    held = apart > MAX_EXPONENT
+    e_slope = tl.where(held, 0.0, e * (c_slope - d_slope))
+    d = tl.where(held, c - MAX_EXPONENT, d)
+    d_slope = tl.where(held, c_slope, d_slope)
+    ratio = tl.exp(c)
+    return e + (d - 1.0) * ratio, e_slope + ratio * (d_slope + c_slope * (d - 1.0))
+
+
+@triton.jit
 def policy_loss(
     logp,
     anchor,
@@ -78,7 +104,7 @@ def policy_loss(
     ratio_slope = tl.where(c <= MAX_EXPONENT, ratio * slope, 0.0)
     if KIND == CISPO:
         weight = -tl.minimum(ratio, high) * advantage
-        loss = weight * logp
+        loss = tl.where(weight == 0, 0.0, weight * logp)  # the log-prob may be minus infinity
         g = weight * slope
     elif KIND == SAPO:
         loss, by_ratio = sapo_gate(ratio, advantage, temperature_pos, temperature_neg)
@@ -92,12 +118,10 @@ def policy_loss(
             loss += beta * d
             g += beta
         else:
-            e = tl.exp(tl.minimum(-d, MAX_EXPONENT))
-            kl = e + d - 1.0
-            kl_slope = 1.0 - tl.where(-d <= MAX_EXPONENT, e, 0.0)
             if PENALTY == K3_TIMES_RATIO:
-                kl_slope = kl_slope * ratio + kl * ratio_slope
-                kl *= ratio
+                kl, kl_slope = k3_times_ratio(d, c, slope)
+            else:
+                kl, kl_slope = k3(d)
             loss += beta * kl
             g += beta * kl_slope
     return loss, g

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from humanline import checks
+from humanline.gradients import positive_part
 from humanline.objectives.base import Objective
 from humanline.rows import Layout, Rows
 
@@ -73,7 +74,7 @@ def _sigmoid(p: Pairs, o: "DPO") -> Tensor:
 
 
 def _hinge(p: Pairs, o: "DPO") -> Tensor:
-    return torch.relu(1 - o.beta * p.delta)
+    return positive_part(1 - o.beta * p.delta)
 
 
 def _ipo(p: Pairs, o: "DPO") -> Tensor:
@@ -104,15 +105,19 @@ def _sppo_hard(p: Pairs, o: "DPO") -> Tensor:
     return (p.w - 0.5 / o.beta) ** 2 + (p.l + 0.5 / o.beta) ** 2
 
 
+def _sorted(x: Tensor) -> Tensor:
+    return x.sort(stable=True).values  # which of equal values has which gradient is no accident
+
+
 def _aot(p: Pairs, o: "DPO") -> Tensor:
     # The reference's log-probs as perception leaves them: policy minus perceived log-ratio.
     ref = (p.w_logps - p.w) - (p.l_logps - p.l)
-    delta = (p.w_logps - p.l_logps).sort().values - ref.sort().values
+    delta = _sorted(p.w_logps - p.l_logps) - _sorted(ref)
     return _smoothed(o.beta * delta, o.label_smoothing)
 
 
 def _aot_unpaired(p: Pairs, o: "DPO") -> Tensor:
-    return _smoothed(o.beta * (p.w.sort().values - p.l.sort().values), o.label_smoothing)
+    return _smoothed(o.beta * (_sorted(p.w) - _sorted(p.l)), o.label_smoothing)
 
 
 def _apo_zero(p: Pairs, o: "DPO") -> Tensor:

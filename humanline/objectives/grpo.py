@@ -9,10 +9,14 @@ from torch import Tensor
 
 from humanline import checks
 from humanline.dtypes import at_least_float32
+from humanline.gradients import clamp, minimum
 from humanline.objectives.base import TokenObjective, as_count
 from humanline.rows import Layout, Rows
 
+# Beyond this an exponential is held constant: a ratio of 1e34 still multiplies to finite numbers.
 MAX_EXPONENT = 80.0
+# Log-ratios below this count as this: finite, while their exponential is 0 in any dtype.
+MIN_LOG_RATIO = -1e4
 
 
 @dataclass(frozen=True)
@@ -121,20 +125,37 @@ def clipped_surrogate(
     ratio: Tensor, advantages: Tensor, low: float, high: float, delta: float | None = None
 ) -> Tensor:
     """``−min(A·r, A·clamp(r, 1−low, 1+high))``; ``delta`` bounds the first ``r`` from above."""
-    clipped = ratio.clamp(1 - low, 1 + high)
+    clipped = clamp(ratio, 1 - low, 1 + high)
     if delta is not None:
-        ratio = ratio.clamp(max=delta)
-    return -torch.minimum(ratio * advantages, clipped * advantages)
+        ratio = clamp(ratio, high=delta)
+    return -minimum(ratio * advantages, clipped * advantages)
 
 
 def bounded_exp(x: Tensor) -> Tensor:
-    """``exp(x)``, held constant beyond 80: a ratio of 1e34 still multiplies to finite numbers."""
-    return x.clamp(max=MAX_EXPONENT).exp()
+    """``exp(x)``, held constant beyond 80."""
+    return clamp(x, high=MAX_EXPONENT).exp()
 
 
 def k3(d: Tensor) -> Tensor:
-    """Schulman's unbiased, non-negative estimate of ``KL(π_θ ‖ π_ref)`` from ``d``."""
-    return bounded_exp(-d) + d - 1
+    """Schulman's unbiased, non-negative estimate of ``KL(π_θ ‖ π_ref)`` from ``d``.
+
+    Below −80 held constant as a whole: were its exponential alone, it would fall as ``d`` does.
+    """
+    d = clamp(d, low=-MAX_EXPONENT)
+    return (-d).exp() + d - 1
+
+
+def k3_times_ratio(d: Tensor, c: Tensor) -> Tensor:
+    """``k3(d) · exp(c)``, as ``exp(c − d) + (d − 1) exp(c)``.
+
+    Usually ``c = d``, and below −80, where ``k3`` is held but tends to infinity, the product tends
+    to 1. Where ``c − d`` is more than 80, which takes another anchor or a perception, the product
+    is held as ``k3`` is.
+    """
+    d, c = clamp(d, low=MIN_LOG_RATIO), clamp(c, MIN_LOG_RATIO, MAX_EXPONENT)
+    apart = c - d
+    d = torch.where(apart > MAX_EXPONENT, c - MAX_EXPONENT, d)
+    return bounded_exp(apart) + (d - 1) * c.exp()
 
 
 @dataclass(frozen=True)
@@ -232,25 +253,29 @@ class GRPO(PolicyObjective):
         }
 
     def token_loss(self, rows: Rows, advantages, old_logps, num_items_in_batch) -> Tensor:
-        ratio = self._ratio(rows)
-        loss = self._policy_loss(rows, ratio, advantages)
+        loss = self._policy_loss(rows, self._ratio(rows), advantages)
         if self.beta != 0:
-            loss = loss + self.beta * self._kl(rows, ratio)
+            loss = loss + self.beta * self._kl(rows)
         share = SHARES[self.loss_type](rows, loss, self, num_items_in_batch)
         return share + self.minus_entropy_bonus(rows)
 
-    def _ratio(self, rows: Rows) -> Tensor:
+    def _log_ratio(self, rows: Rows) -> Tensor:
         if self.importance_sampling_level == "token":
-            return bounded_exp(rows.log_ratio)
-        return bounded_exp(rows.expand(rows.mean(rows.log_ratio)))
+            return rows.log_ratio
+        return rows.expand(rows.mean(rows.log_ratio))
 
-    def _kl(self, rows: Rows, ratio: Tensor) -> Tensor:
-        kl = k3(rows.logps - rows.ref_logps)
-        return kl * ratio if self.use_bias_correction_kl else kl
+    def _ratio(self, rows: Rows) -> Tensor:
+        return bounded_exp(self._log_ratio(rows))
+
+    def _kl(self, rows: Rows) -> Tensor:
+        d = rows.logps - rows.ref_logps
+        return k3_times_ratio(d, self._log_ratio(rows)) if self.use_bias_correction_kl else k3(d)
 
     def _policy_loss(self, rows: Rows, ratio: Tensor, advantages: Tensor) -> Tensor:
         if self.loss_type == "cispo":
-            return -ratio.clamp(max=self.upper_epsilon).detach() * advantages * rows.perceived_logps
+            weight = -ratio.clamp(max=self.upper_epsilon).detach() * advantages
+            # Of probability 0, and so of weight 0, is a token whose log-prob is minus infinity.
+            return torch.where(weight == 0, 0, weight * rows.perceived_logps)
         if self.loss_type == "sapo":
             return -self._sapo_gate(ratio, advantages) * advantages
         if self.loss_type == "vespo":
@@ -277,7 +302,7 @@ class GRPO(PolicyObjective):
         ratio = self._ratio(rows)
         stats = {}
         if self.beta != 0:
-            stats["kl"] = rows.token_mean(self._kl(rows, ratio)).sum()
+            stats["kl"] = rows.token_mean(self._kl(rows)).sum()
         if rows.entropy is not None:
             stats["entropy"] = rows.token_mean(rows.entropy).sum()
         if self.loss_type == "cispo":

@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from humanline.gradients import positive_part
 from humanline.objectives.base import Objective
 from humanline.objectives.dpo import check_pairs, pair_stats, reported_pair_stats
 from humanline.rows import Layout, Rows
@@ -83,4 +83,5 @@ class SLiC(_ReferenceFreePairs):
 
     def loss(self, rows: Rows) -> Tensor:
         chosen, rejected = self.scores(rows)
-        return (torch.relu(self.delta - chosen + rejected) - self.lambda_coef * chosen).mean()
+        hinge = positive_part(self.delta - chosen + rejected)
+        return (hinge - self.lambda_coef * chosen).mean()

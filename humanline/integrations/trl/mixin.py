@@ -20,6 +20,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.trainer.utils import FusedCausalLMOutput
 
 from humanline.checks import require
+from humanline.gradients import moving
 from humanline.integrations.perceived import perceived_log_ratio, share
 from humanline.integrations.trl import checks
 from humanline.integrations.trl.head import causal_model, fused_head
@@ -226,7 +227,7 @@ class PolicyGradientMixin(HumanlineMixin):
         (ref_logps,) = self.reference.scores([(args, kwargs)])
         mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
         c = self.perceived(logps, ref_logps, mask)
-        perceived_logps = logps.detach() + (c - c.detach()).nan_to_num()
+        perceived_logps = logps.detach() + moving(c)
         inputs["old_per_token_logps"] = (logps - c).detach()
         inputs["ref_per_token_logps"] = ref_logps + (perceived_logps - logps)
         return perceived_logps, *rest
