@@ -6,8 +6,9 @@ from oracle import leaf
 
 import humanline as hl
 from humanline.kernels.launch import row_length
-from humanline.ops import WORKSPACE_BYTES, gemms
+from humanline.ops import WORKSPACE_BYTES
 from humanline.ops.backend import interpreting
+from humanline.ops.hidden import gemms
 from humanline.ops.hidden.blocks import stacked_rows
 
 pytestmark = pytest.mark.skipif(
