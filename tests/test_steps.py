@@ -72,7 +72,7 @@ def test_trainings_random_numbers_are_left_alone():
         ({"epochs": -1}, "epochs must be at least 0, got -1"),
         ({"loader": iter(DATA), "epochs": 2}, "2 epochs need a loader.*got an iterator"),
     ],
-    ids=str,
+    ids=["accumulation", "epochs", "iterator"],
 )
 def test_bad_input_is_refused_at_the_call(arguments, message):
     with pytest.raises(ValueError, match=message):
