@@ -431,6 +431,73 @@ def test_offline_batches_are_the_dataset_s(folder, chat):
     assert batch["num_items_in_batch"] == batch["completion_mask"].sum()
 
 
+def test_the_turns_of_others_are_read_and_not_trained_on(folder):
+    """Of [assistant, user, assistant], and of a tool's result between two turns."""
+
+    def say(role, words):
+        return {"role": role, "content": words}
+
+    groups = [
+        [say("assistant", "w1 w2"), say("user", "w3"), say("assistant", "w4")],
+        [say("assistant", "w5"), say("tool", "w6 w7"), say("assistant", "w8 w9")],
+        [say("assistant", "w10")],
+        [say("assistant", "w11 w12"), say("user", "w13")],
+    ]
+    columns = {"prompt": [[say("user", "w0")]], "completions": [groups]}
+    data = datasets.Dataset.from_dict(columns | {"rewards": [[0.0, 1.0, 2.0, 4.0]]})
+    options = {"per_device_train_batch_size": 4, "max_completion_length": 12, "loss_type": "dapo"}
+    trainer = build(folder, data, max_steps=1, **options, **CLIP)
+    trainer.current_gradient_accumulation_steps = 1
+    trainer.model.train()
+    batch = tiny.batch_of(trainer)
+    found = {}
+    for ids, mask, written in zip(
+        batch["completion_ids"], batch["completion_mask"], batch["tool_mask"], strict=True
+    ):
+        words = trainer.processing_class.convert_ids_to_tokens(ids[mask.bool()])
+        kept = trainer.processing_class.convert_ids_to_tokens(ids[(mask * written).bool()])
+        found[" ".join(words)] = " ".join(kept)
+    assert found == {
+        "w1 w2 <eos> <user> w3 <eos> <assistant> w4 <eos>": "w1 w2 <eos> w4 <eos>",
+        "w5 <eos> <unk> w6 w7 <eos> <assistant> w8 w9 <eos>": "w5 <eos> w8 w9 <eos>",
+        "w10 <eos>": "w10 <eos>",
+        "w11 w12 <eos>": "w11 w12 <eos>",
+    }
+    assert batch["num_items_in_batch"] == 5 + 5 + 2 + 3
+    tiny.disturb(trainer.model)
+
+    def of(batch):
+        """The objective's, of what was written alone."""
+        logps, mask, entropy = eager(trainer.model, batch)
+        with torch.no_grad():
+            ref_logps = eager(trainer.reference.model, batch)[0]
+        objective = hl.GRPO(beta=0.04, loss_type="dapo", perception=hl.Clip(**CLIP))
+        names = ("advantages", "num_items_in_batch")
+        return objective.from_logps(
+            logps,
+            ref_logps,
+            mask & batch["tool_mask"].bool(),
+            entropy=entropy,
+            **{name: batch[name] for name in names},
+        )
+
+    tiny.check_loss(trainer, batch, of)
+
+
+def test_a_tokenizer_that_appends_eos_does_not_end_the_prompt(folder, monkeypatch):
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = tiny.tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="$A <eos>", special_tokens=[("<eos>", 1)]
+    )
+    monkeypatch.setattr(tiny, "tokenizer", lambda: tokenizer)
+    trainer = build(folder)
+    batch = tiny.batch_of(trainer)
+    assert not (batch["prompt_ids"] == 1).any()
+    assert ((batch["completion_ids"] == 1).sum(1) <= 1).all()
+
+
 def test_offline_run_never_generates(folder, monkeypatch):
     trainer = build(folder, eval_dataset=tiny.groups(2, seed=5), **CLIP)
     monkeypatch.setattr(trainer.model, "generate", None)
@@ -519,7 +586,7 @@ def test_a_template_that_changes_the_prompt(folder, monkeypatch):
     changing = tiny.tokenizer("{% if add_generation_prompt %}<user> {% endif %}" + tiny.TEMPLATE)
     monkeypatch.setattr(tiny, "tokenizer", lambda: changing)
     trainer = build(folder, tiny.groups(chat=True))
-    with pytest.raises(ValueError, match="renders a prompt differently when a completion follows"):
+    with pytest.raises(ValueError, match="not render the prompt as it does without"):
         trainer.train()
 
 

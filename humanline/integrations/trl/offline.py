@@ -1,8 +1,9 @@
 """GRPO without generation: completions and rewards come with the dataset.
 
 A row holds a prompt, a group of completions and their rewards. TRL repeats each row
-``num_generations`` times; the n-th repetition "generates" the row's n-th completion. All of TRL's
-machinery downstream (groups, advantages, normalisers, metrics) stays.
+``num_generations`` times; the n-th repetition "generates" the row's n-th completion, of one turn or
+of several, of which the assistant's alone are trained on. All of TRL's machinery downstream
+(groups, advantages, normalisers, metrics) stays.
 """
 
 import math
@@ -10,9 +11,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from datasets import Dataset
-from trl.data_utils import _tokenize, common_prefix_length
 
 from humanline.checks import require
+from humanline.conversation import Tokens, encode, render
 from humanline.integrations.trl.checks import datasets_of, first_row
 
 COLUMNS = ("prompt", "completions", "rewards")
@@ -86,41 +87,34 @@ class OfflineMixin:
         inputs = [{k: v for k, v in row.items() if k not in COLUMNS[1:]} for row in self._rows]
         return super()._generate_and_score_completions(inputs)
 
-    def _generate_single_turn(self, prompt_ids, *args, **kwargs):
-        if not self.offline:
-            return super()._generate_single_turn(prompt_ids, *args, **kwargs)
-        rows = zip(prompt_ids, self._rows, strict=True)
-        return [self._completion_ids(ids, row) for ids, row in rows], None
+    def _rollout(self, prompts: list[Any], _: Any) -> dict[str, Any]:
+        """TRL's ``rollout_func``, which says too what in a completion the policy did not write."""
+        rows = [self._tokens_of(row) for row in self._rows]
+        result = {
+            "prompt_ids": [row.prompt for row in rows],
+            "completion_ids": [row.completion for row in rows],
+            "logprobs": None,
+        }
+        if any(row.written is not None for row in rows):
+            everything = [[True] * len(row.completion) for row in rows]
+            masks = zip(rows, everything, strict=True)
+            result["env_mask"] = [
+                [int(w) for w in (row.written or written)] for row, written in masks
+            ]
+        return result
 
-    def _completion_ids(self, prompt_ids: list[int], row: Mapping[str, Any]) -> list[int]:
-        """Tokens of a row's completion as a sampler would have ended them: at eos or too long."""
-        prompt, completion = row["prompt"], row["completion"]
-        if isinstance(completion, str):
-            ids = self._ids_of_text(prompt, completion, prompt_ids)
-        else:
-            options = {"chat_template": self.chat_template} | self.chat_template_kwargs
-            whole = _tokenize(self.processing_class, prompt + completion, **options)["input_ids"]
-            require(
-                common_prefix_length(prompt_ids, whole) == len(prompt_ids),
-                lambda: (
-                    "the chat template renders a prompt differently when a completion follows, so "
-                    "the completion has no beginning; the prompt is "
-                    f"{self._tokenizer.decode(prompt_ids)!r}, with completion "
-                    f"{self._tokenizer.decode(whole)!r}"
-                ),
-            )
-            ids = whole[len(prompt_ids) :]
-        end = next((i for i, token in enumerate(ids) if token in self.eos_token_ids), len(ids))
-        return ids[: min(end + 1, self.max_completion_length)]
-
-    def _ids_of_text(self, prompt: str, completion: str, prompt_ids: list[int]) -> list[int]:
-        eos = self._tokenizer.eos_token
-        completion = completion if completion.endswith(eos) else completion + eos
-        whole = _tokenize(self.processing_class, prompt + completion)["input_ids"]
-        if common_prefix_length(prompt_ids, whole) == len(prompt_ids):
-            return whole[len(prompt_ids) :]
-        # Tokens merge across the boundary: those of the completion by itself.
-        return self._tokenizer(completion, add_special_tokens=False)["input_ids"]
+    def _tokens_of(self, row: Mapping[str, Any]) -> Tokens:
+        """A row's tokens as a sampler would have ended them: at eos or too long."""
+        options = {"chat_template": self.chat_template} | self.chat_template_kwargs
+        if row.get("tools"):
+            options["tools"] = row["tools"]
+        rendered = render(self._tokenizer, row["prompt"], row["completion"], **options)
+        (tokens,) = encode(self._tokenizer, [rendered])
+        ids, end = tokens.completion, self.max_completion_length
+        if tokens.written is None:  # one turn
+            ends = (i + 1 for i, token in enumerate(ids) if token in self.eos_token_ids)
+            end = min(next(ends, end), end)
+        return Tokens(tokens.prompt, ids[:end], tokens.written and tokens.written[:end])
 
 
 def _nth(row: Mapping[str, Any], n: int, size: int) -> dict[str, Any]:

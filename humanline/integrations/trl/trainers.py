@@ -171,6 +171,8 @@ class HumanlineGRPOTrainer(_Built, OfflineMixin, PolicyGradientMixin, GRPOTraine
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        if self.offline:
+            self.rollout_func = self._rollout
         for name, dataset in checks.datasets_of(vars(self)):
             checks.check_chat_template(self.processing_class, checks.first_row(dataset), name)
 
