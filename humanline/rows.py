@@ -5,6 +5,7 @@ only place that knows which of the two layouts they came from.
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -112,6 +113,21 @@ class Layout:
         )
         return x.reshape(-1)
 
+    def masked(self, x: Any) -> Any:
+        """0 on masked rows, whatever was there, NaN included; other rows are as they were.
+
+        Args:
+            x: a tensor whose first dimensions are those of the rows, ``[B, T]`` or flat ``[N]``.
+                Anything else is returned as it is, and so is what may be one value a sequence.
+        """
+        if not isinstance(x, Tensor) or x.shape[:1] == (self.num_sequences,) == self.mask.shape:
+            return x
+        for shape in (self.shape, tuple(self.mask.shape)):
+            if tuple(x.shape[: len(shape)]) == shape:
+                beside = (1,) * (x.dim() - len(shape))
+                return x.masked_fill(~self.mask.view(*shape, *beside), 0)
+        return x
+
 
 def _check_cu_seqlens(mask: Tensor, cu_seqlens: Tensor) -> None:
     require(
@@ -180,7 +196,8 @@ class Rows:
         log_ratio: perceived log-ratio ``c``, ``[n]``, 0 where masked; None without a reference.
         raw_log_ratio: log-ratio ``d`` before perception.
         unclamped: bool ``[n]``, tokens whose gradient the perception kept.
-        entropy: entropy of each row's distribution in nats, or None if not asked for.
+        entropy: entropy of each row's distribution in nats, 0 where masked, or None if not asked
+            for.
         mask: bool ``[n]``, completion tokens.
         length: completion tokens of each row's sequence, ``[n]``.
     """

@@ -26,7 +26,7 @@ class Problem:
         objective: the :class:`~humanline.objectives.Objective`.
         layout: mask and grouping of the rows.
         ref_logps: log-probs of the reference, flat ``[N]``, or None.
-        batch: what the objective's ``prepare`` returned.
+        batch: what the objective's ``prepare`` returned, row values being 0 where masked.
     """
 
     objective: Any
@@ -42,6 +42,7 @@ class Problem:
 
         mask = take(self.layout.mask)
         logps = torch.where(mask, logps, 0)
+        entropy = None if entropy is None else torch.where(mask, entropy, 0)
         ref_logps = d = c = unclamped = None
         if self.ref_logps is not None:
             ref_logps = torch.where(mask, take(self.ref_logps), 0)

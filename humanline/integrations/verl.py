@@ -72,7 +72,8 @@ def register(perception: Perception, name: str = "humanline") -> None:
             config=config,
             rollout_is_weights=rollout_is_weights,
         )
-        kl = masked_mean(old_log_prob - log_prob, response_mask)  # as it is, not as perceived
+        # Of log-ratios as they are, not as perceived; bounded as in the vanilla loss.
+        kl = masked_mean((old_log_prob - log_prob).clamp(-20, 20), response_mask)
         return loss, metrics | {
             "actor/ppo_kl": kl.detach().item(),
             "actor/humanline_unclamped": share(*counts).item(),

@@ -75,7 +75,8 @@ class Objective:
     def prepare(self, layout: Layout, ref_logps: Tensor | None, **batch: Any) -> dict[str, Any]:
         """Check the batch's own arguments and give them the shape ``loss`` wants.
 
-        Runs before any log-prob is computed: the reference's may be there in shape only.
+        Runs before any log-prob is computed: the reference's may be there in shape only. Of what
+        is returned, tensors that begin with the rows' shape are set to 0 on masked rows.
         """
         if self.needs_reference:
             self.require_ref_logps(ref_logps)
@@ -305,7 +306,10 @@ class Objective:
             checks.require_same_device(rows=layout.mask, ref_logps=ref_logps)
             ref_logps = at_least_float32(ref_logps.detach()).reshape(-1)
             checks.require_finite("ref_logps", ref_logps, layout.mask)
-        return Problem(self, layout, ref_logps, self.prepare(layout, ref_logps, **batch))
+        batch = self.prepare(layout, ref_logps, **batch)
+        # Once and for every objective: what is on a masked row has no effect, be it NaN.
+        batch = {name: layout.masked(x) for name, x in batch.items()}
+        return Problem(self, layout, ref_logps, batch)
 
     def require_ref_logps(self, ref_logps: Tensor | None) -> None:
         """For ``prepare``: the objective cannot do without the reference's log-probs."""
@@ -320,7 +324,7 @@ class Objective:
 @dataclass(frozen=True)
 class TokenObjective(Objective):
     """An objective whose gradient on a row depends on that row alone: subclass it and define
-    :meth:`token_loss`. Tensors of the batch come to it as row values."""
+    :meth:`token_loss`. Tensors of the batch come to it as row values, 0 where masked."""
 
     coupling: ClassVar[str] = "token"
 

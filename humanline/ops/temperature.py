@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from humanline import checks
+from humanline.rows import IGNORE_INDEX
 
 
 def check_temperature(temperature: float | Tensor, labels: Tensor) -> None:
@@ -23,9 +24,13 @@ def check_temperature(temperature: float | Tensor, labels: Tensor) -> None:
             f"{list(temperature.shape)}"
         ),
     )
+    matters = True if temperature.dim() == 0 else labels != IGNORE_INDEX
     checks.require(
-        lambda: bool((temperature > 0).all()),
-        lambda: f"temperature must be positive, got {temperature.min().item()}",
+        lambda: not bool((~(temperature > 0) & matters).any()),
+        lambda: (
+            "temperature must be positive, got "
+            f"{temperature[~(temperature > 0) & matters].min().item()}"
+        ),
         on=temperature,
     )
 

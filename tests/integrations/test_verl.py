@@ -125,6 +125,13 @@ def test_padding_does_not_matter(integration):
     assert metrics["actor/ppo_kl"] == pytest.approx((OLD - LOGPS)[MASK].mean().item())
 
 
+def test_the_reported_kl_is_bounded_as_in_the_vanilla_loss(integration):
+    far = torch.where(MASK.cumsum(1) == 1, LOGPS - 90, LOGPS)
+    _, metrics = run(integration.find("humanline"), leaf(far))
+    expected = (OLD - far).clamp(-20, 20)[MASK].mean().item()
+    assert metrics["actor/ppo_kl"] == pytest.approx(expected)
+
+
 def test_bad_perceptions_are_refused(integration):
     with pytest.raises(TypeError, match=r"humanline Perception such as Clip\(\), got 0.2"):
         integration.register(0.2)
