@@ -51,7 +51,7 @@ def require(
 
 def debugging() -> bool:
     """Whether checks that cost time run: inside :func:`debug`, outside of ``torch.compile``."""
-    return _debug.get() and not is_compiling()
+    return not is_compiling() and _debug.get()  # in this order: Dynamo cannot read the latter
 
 
 # Tensors

@@ -196,10 +196,11 @@ class ReferenceCopy(_ReferenceWithWeights):
 
     Raises:
         ValueError: see :class:`Reference`; ``model`` has other weights than the policy, or shards
-            them otherwise, or is the policy itself; it is missing and FSDP2 shards the policy; the
-            policy is partitioned by DeepSpeed ZeRO-3. The model computes with the policy's weights,
-            because its ``forward`` was replaced by a function that calls the policy's: found here,
-            or when the first batches are scored.
+            them otherwise, or is the policy itself; it is missing, and FSDP2 shards the policy or
+            the policy holds computed tensors, neither of which can be copied; the policy is
+            partitioned by DeepSpeed ZeRO-3. The model computes with the policy's weights, because
+            its ``forward`` was replaced by a function that calls the policy's: found here, or when
+            the first batches are scored.
     """
 
     def __init__(
@@ -371,7 +372,14 @@ def _copy_of(policy: nn.Module) -> nn.Module:
         "sharded alike, or use ReferenceAdapter or ReferenceLookahead",
     )
     frozen = {id(p): p for p in policy.parameters() if not p.requires_grad}
-    return copy.deepcopy(policy, memo=frozen)  # what the memo knows is not copied
+    try:
+        return copy.deepcopy(policy, memo=frozen)  # what the memo knows is not copied
+    except RuntimeError as error:
+        raise ValueError(
+            "the policy cannot be copied: it holds tensors that were computed, as PEFT's "
+            "ensure_weight_tying with an adapter on tied embeddings makes it, or a weight norm; "
+            f'take ReferenceAdapter, in trainers reference="adapter" ({error})'
+        ) from error
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ import torch.multiprocessing as mp
 from test_reference_kinds import Model, loss_of, make_optimizer, score
 from torch import nn
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Partial
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -218,7 +219,37 @@ def groups(rank):
     assert found.numel() == 0 or (found[ids[own] == 8] == 0).all()
 
 
+def a_sharded_head_by_the_advice(rank):
+    """Each way that the refusal names gives the mean over ranks of what each one's rows give."""
+    torch.manual_seed(0)  # all ranks know all rows
+    vocab, hidden = 33, [torch.randn(2 + 3 * r, 16) for r in range(RANKS)]
+    labels = [torch.randint(vocab, (len(h),)) for h in hidden]
+    plain = torch.nn.Linear(16, vocab, bias=False)
+    for h, label in zip(hidden, labels, strict=True):
+        (-hl.linear_token_logps(h, plain.weight, label).sum() / RANKS).backward()
+    for advice in ("unshard", "full_tensor"):
+        head = copy.deepcopy(plain)
+        head.weight.grad = None
+        fully_shard(head)
+        with pytest.raises(ValueError, match=rf"weight is a DTensor .*{advice}\(.*Partial\(.avg"):
+            hl.linear_token_logps(hidden[rank], head.weight, labels[rank])
+        if advice == "unshard":
+            head.unshard()
+            weight = head.weight
+        else:
+            weight = head.weight.full_tensor(grad_placements=[Partial("avg")])
+        (-hl.linear_token_logps(hidden[rank], weight, labels[rank]).sum()).backward()
+        if advice == "unshard":  # outside of FSDP's forward its backward hooks do not run
+            ours = weight.grad.clone()
+            dist.all_reduce(ours)
+            ours /= RANKS
+        else:
+            ours = head.weight.grad.full_tensor()
+        torch.testing.assert_close(ours, plain.weight.grad)
+
+
 CHECKS = [
+    a_sharded_head_by_the_advice,
     ddp,
     ddp_scores_as_many_batches_as_a_rank_has,
     fsdp2,

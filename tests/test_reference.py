@@ -1,5 +1,9 @@
 """The reference: a copy of its own, renewed before the optimizer step, every so many steps."""
 
+import copy
+import functools
+import types
+
 import pytest
 import torch
 from torch import nn
@@ -205,3 +209,115 @@ def test_weights_unfrozen_after_it_was_made_are_refused(kind):
 def test_a_negative_schedule_is_refused():
     with pytest.raises(ValueError, match="sync_every must be 0"):
         ReferenceCopy(nn.Linear(2, 2), score, sync_every=-1)
+
+
+# A copy that is none
+
+
+def closure(model):
+    forward = model.forward
+    model.forward = lambda x: forward(x)
+
+
+def wrapped(model):
+    forward = model.forward
+
+    @functools.wraps(forward)
+    def replaced(*arguments):
+        return functools.partial(forward)(*arguments)
+
+    model.forward = replaced
+
+
+def by_name(model):
+    namespace = {"old": model.forward}
+    exec("def forward(x): return old(x)", namespace)
+    model.forward = namespace["forward"]
+
+
+def of_a_part(model):
+    closure(model.head)
+
+
+@pytest.mark.parametrize("replace", [closure, wrapped, by_name, of_a_part])
+@pytest.mark.parametrize("given", [False, True], ids=["copied", "given"])
+def test_a_forward_that_calls_the_policy_s_is_refused(replace, given):
+    policy = Model()
+    replace(policy)
+    named = "head" if replace is of_a_part else "Model"
+    message = f"scored with the policy: the forward of {named} was replaced .*Make the reference"
+    with pytest.raises(ValueError, match=message):
+        ReferenceCopy(policy, score, model=copy.deepcopy(policy) if given else None)
+
+
+def method(model):
+    forward = model.forward
+    model.forward = types.MethodType(lambda self, x: forward(x), model)
+
+
+def hook(model):
+    weight = model.embedding.weight
+    model.register_forward_hook(lambda module, given, result: result + weight.sum())
+
+
+@pytest.mark.parametrize("replace", [method, hook])
+def test_scoring_with_the_policy_s_weights_is_refused(replace):
+    """A method has the copy as self, and only running it shows what it computes with."""
+    policy = Model()
+    replace(policy)
+    reference = ReferenceCopy(policy, score)
+    with pytest.raises(ValueError, match=r"scoring Model used its embedding.weight\. Make the"):
+        reference.scores([torch.arange(5)])
+
+
+def method_of_its_own(model):
+    forward = type(model).forward
+    model.forward = types.MethodType(lambda self, x: forward(self, x), model)
+
+
+def bound(model):
+    model.forward = functools.partial(model.forward)
+
+
+def unused(model):
+    """As TRL's fused head keeps the forward that it replaces."""
+    old = model.forward
+    forward = type(model).forward
+    model.forward = types.MethodType(
+        lambda self, x: forward(self, x) if self is not None else old(x), model
+    )
+
+
+def compiled(model):
+    model.compile(backend="eager")
+
+
+@pytest.mark.parametrize("replace", [method_of_its_own, bound, unused, compiled])
+def test_what_uses_its_own_weights_is_taken(replace):
+    policy = Model().eval()
+    replace(policy)
+    reference, ids = ReferenceCopy(policy, score), torch.arange(5)
+    with torch.no_grad():
+        assert torch.equal(reference.scores([ids])[0], policy(ids))
+        move(policy)
+        assert not torch.equal(reference.scores([ids])[0], policy(ids))
+
+
+def test_the_policy_is_not_its_own_reference():
+    policy = Model()
+    with pytest.raises(ValueError, match=r"model holds the policy's own embedding.weight"):
+        ReferenceCopy(policy, score, model=policy)
+
+
+def test_computed_tensors_cannot_be_copied():
+    policy = nn.Linear(2, 2)
+    policy.doubled = policy.weight * 2
+    with pytest.raises(ValueError, match=r"cannot be copied: .*take ReferenceAdapter"):
+        ReferenceCopy(policy, score)
+    ReferenceAdapter(policy, score)
+
+
+@pytest.mark.parametrize("sync_every", ["1", 1.5, None])
+def test_a_schedule_is_a_whole_number(sync_every):
+    with pytest.raises(TypeError, match="sync_every must be a whole number, got"):
+        ReferenceCopy(nn.Linear(2, 2), score, sync_every=sync_every)

@@ -1,6 +1,7 @@
 """A training run from its options to its summary."""
 
 import math
+import os
 import shlex
 import shutil
 import signal
@@ -49,9 +50,11 @@ def train(
         What summary.json holds.
 
     Raises:
-        UserError: something about options, data, model or disk does not allow to go on.
+        UserError: something about options, data, model, disk or the way the process was launched
+            does not allow to go on.
         Interrupted: the user asked to stop; the run is saved.
     """
+    _require_one_process()
     try:
         config, output = _configure(options, output, resume)
         _check_output(output, config, resume, overwrite)
@@ -76,6 +79,17 @@ def train(
 
 
 # Before the first step
+
+
+def _require_one_process() -> None:
+    """Each of several processes would train the whole run by itself, into the same folder."""
+    count = os.environ.get("WORLD_SIZE", "1")
+    if count != "1":
+        raise UserError(
+            f"humanline train works in one process, and was launched as one of {count} "
+            "(WORLD_SIZE): start it without torchrun or accelerate launch, or use the TRL trainers "
+            "of humanline.integrations.trl, which work under DDP"
+        )
 
 
 def _configure(

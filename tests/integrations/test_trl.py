@@ -262,6 +262,57 @@ def test_dropout_that_is_asked_for_is_refused(tmp_path, loss):
     make(options | {"humanline": False})
 
 
+@pytest.mark.parametrize(
+    ("kind", "lora"),
+    [
+        ("llama", {"target_modules": ["q_proj"], "trainable_token_indices": {"lm_head": [7]}}),
+        ("tied", {"target_modules": ["q_proj"], "trainable_token_indices": [7]}),
+        ("tied", {"target_modules": ["lm_head"], "trainable_token_indices": [7]}),
+    ],
+)
+@pytest.mark.parametrize("reference", ["copy", "adapter", "lookahead"])
+def test_single_rows_of_the_head_cannot_be_trained(tmp_path, kind, lora, reference):
+    peft = pytest.importorskip("peft")
+    arguments = {"peft_config": peft.LoraConfig(r=2, **lora)}
+    policy = tiny.model(kind, path=tmp_path / "model")
+    with pytest.raises(ValueError, match=r"trains single rows of the output head .*modules_to_sa"):
+        build(tmp_path, policy=policy, arguments=arguments, reference=reference)
+
+
+@pytest.mark.parametrize(
+    ("kind", "lora"),
+    [
+        ("llama", {"target_modules": ["q_proj"], "trainable_token_indices": [7]}),
+        (
+            "tied",
+            {
+                "target_modules": ["q_proj"],
+                "modules_to_save": ["embed_tokens", "lm_head"],
+                "ensure_weight_tying": True,
+            },
+        ),
+    ],
+)
+def test_what_that_refusal_advises_trains(tmp_path, kind, lora):
+    peft = pytest.importorskip("peft")
+    arguments = {"peft_config": peft.LoraConfig(r=2, **lora)}
+    policy = tiny.model(kind, path=tmp_path / "model")
+    trainer = build(tmp_path, policy=policy, arguments=arguments, max_steps=2)
+    trainer.train()
+    assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
+
+
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+def test_a_tied_adapter_cannot_be_copied(tmp_path, target):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=[target], ensure_weight_tying=True)
+    make = partial(build, tmp_path, arguments={"peft_config": config}, max_steps=2)
+    policy = partial(tiny.model, "tied", path=tmp_path / "model")
+    with pytest.raises(ValueError, match=r"ensure_weight_tying .*take .*reference=.adapter"):
+        make(policy=policy(), reference="copy")
+    make(policy=policy(), reference="adapter").train()
+
+
 def test_without_humanline_trl_refuses_an_adapter_on_the_head_as_ever(tmp_path):
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=2, target_modules=["lm_head"])

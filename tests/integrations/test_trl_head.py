@@ -238,3 +238,14 @@ def test_missing_trl_says_what_to_install(monkeypatch):
         monkeypatch.delitem(sys.modules, name)
     with pytest.raises(ImportError, match=r"pip install 'humanline\[trl\]'"):
         _ = hl.patch_trl
+
+
+def test_a_single_row_under_the_patch():
+    logits, index = torch.randn(V), torch.tensor(3)
+    expected = truth(logits, index, 1.0)
+    for one, ours in enumerate(
+        [trl_head.selective_log_softmax(logits, index), trl_head.entropy_from_logits(logits)]
+    ):
+        assert ours.shape == ()
+        assert_close(ours, expected[one].float())
+    assert THEIRS["entropy_from_logits"](logits).shape == ()

@@ -1,7 +1,9 @@
 """Bad input raises before anything is computed, and says what was given and what expected."""
 
+import dataclasses
 import math
 
+import numpy as np
 import pytest
 import torch
 from oracle import Data
@@ -424,7 +426,275 @@ def test_shift_needs_two_dimensions():
     refuses(r"labels must have shape \[B, T\], got \[5\]", lambda: hl.shift(DATA.labels[0]))
 
 
+# What is no tensor, no number, or one rank's part of a tensor
+
+
+class Sharded(torch.Tensor):
+    placements = ("Shard(dim=0)",)
+
+
+HIDDEN = {
+    "hidden": DATA.hidden,
+    "weight": DATA.weight,
+    "labels": DATA.labels,
+    "ref_logps": DATA.ref,
+    "bias": DATA.bias,
+    "temperature": torch.ones(DATA.B, DATA.T),
+}
+OF_LOGITS = {
+    "logits": LOGITS,
+    "labels": DATA.labels,
+    "ref_logps": DATA.ref,
+    "temperature": torch.ones(DATA.B, DATA.T),
+}
+OF_LOGPS = {
+    "policy_logps": DATA.logps,
+    "ref_logps": DATA.ref,
+    "mask": DATA.mask,
+    "entropy": DATA.entropy,
+}
+REF_HIDDEN = {"ref_hidden": DATA.hidden, "ref_weight": DATA.weight, "ref_bias": DATA.bias}
+POLICY = {"advantages": DATA.advantages, "old_logps": DATA.old}
+
+
+def without(arguments, *names):
+    return {name: x for name, x in arguments.items() if name not in names}
+
+
+PACKED = {"cu_seqlens": torch.arange(0, 21, 5)}
+GROUP = {"rewards": DATA.advantages, "prompt_ids": torch.zeros(4).long()}
+PAIRED = {
+    "input_ids": DATA.labels,
+    "labels": DATA.labels,
+    "attention_mask": torch.ones(DATA.labels.shape),
+}
+FLAT = {"policy_logps": PACKED_ROWS, "ref_logps": PACKED_ROWS, "mask": PACKED_MASK} | PACKED
+#: Every entry point with the tensors it takes, all of which fit.
+ENTRY_POINTS = {
+    "from_logps": (hl.DPO().from_logps, OF_LOGPS),
+    "from_logps of GRPO": (hl.GRPO().from_logps, OF_LOGPS | POLICY),
+    "from_logps of KTO": (hl.KTO().from_logps, OF_LOGPS | KL | {"desirable": DATA.desirable}),
+    "from_logps packed": (hl.DPO().from_logps, FLAT),
+    "from_logits": (hl.DPO().from_logits, OF_LOGITS),
+    "from_hidden": (hl.DPO().from_hidden, HIDDEN),
+    "from_hidden of two": (hl.DPO().from_hidden, without(HIDDEN, "ref_logps") | REF_HIDDEN),
+    "token_logps": (hl.token_logps, without(OF_LOGITS, "ref_logps")),
+    "linear_token_logps": (hl.linear_token_logps, without(HIDDEN, "ref_logps")),
+    "shift": (hl.shift, {"labels": DATA.labels}),
+    "group_advantages": (hl.group_advantages, GROUP),
+    "mismatched_rows": (hl.mismatched_rows, PAIRED),
+}
+ARGUMENTS = pytest.mark.parametrize(
+    ("call", "name"),
+    [(call, name) for call, (_, arguments) in ENTRY_POINTS.items() for name in arguments],
+)
+
+
+@pytest.mark.parametrize("call", ENTRY_POINTS)
+def test_the_entry_points_take_what_fits(call):
+    function, arguments = ENTRY_POINTS[call]
+    function(**arguments)
+
+
+@ARGUMENTS
+def test_lists_are_no_tensors(call, name):
+    function, arguments = ENTRY_POINTS[call]
+    given = arguments | {name: arguments[name].tolist()}
+    expected = "a number or a tensor" if name == "temperature" else "a tensor"
+    refuses(f"^{name} must be {expected}.*got the list", lambda: function(**given), TypeError)
+
+
+@ARGUMENTS
+def test_one_rank_s_part_of_a_tensor_is_refused(call, name):
+    function, arguments = ENTRY_POINTS[call]
+    given = arguments | {name: arguments[name].as_subclass(Sharded)}
+    advice = r"Partial\(.avg.\)" if name.endswith(("weight", "bias")) else r"to_local\(\)"
+    refuses(rf"^{name} is a DTensor .*{name}.*{advice}", lambda: function(**given))
+
+
+def test_one_rank_s_part_is_refused_for_an_objective_of_one_s_own():
+    class Weighted(hl.TokenObjective):
+        def token_loss(self, rows, weights):
+            return weights * rows.logps
+
+    weights = DATA.advantages.as_subclass(Sharded)
+    refuses("weights is a DTensor", given_to(Weighted(), weights=weights))
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_a_head_is_not_its_weight(name):
+    head = torch.nn.Linear(3, 7)
+    given = without(HIDDEN, "ref_logps", "temperature") | {name: head}
+    message = f"{name} must be a tensor, got the module Linear: pass its {name}, .*head.{name}"
+    for call in (hl.SFT().from_hidden, hl.linear_token_logps):
+        refuses(message, lambda call=call: call(**given), TypeError)
+
+
+def test_a_missing_tensor_is_named():
+    refuses("labels must be a tensor, got None", lambda: hl.token_logps(LOGITS, None), TypeError)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("temperature", "1"), ("logit_scale", "1"), ("logit_softcap", "30"), ("workspace_bytes", "9")],
+)
+def test_strings_are_no_numbers(name, value):
+    given = without(HIDDEN, "ref_logps") | {name: value}
+    message = f"{name} must be a (whole )?number.*got the str '{value}'"
+    for call in (hl.SFT().from_hidden, hl.linear_token_logps):
+        refuses(message, lambda call=call: call(**given), TypeError)
+    if name == "temperature":
+        for call in (hl.SFT().from_logits, hl.token_logps):
+            given = {"logits": LOGITS, "labels": DATA.labels, name: value}
+            refuses(message, lambda call=call, given=given: call(**given), TypeError)
+
+
+@pytest.mark.parametrize(
+    ("objective", "batch", "name"),
+    [
+        (hl.SFT(), {}, "num_items_in_batch"),
+        (hl.GRPO(), {"advantages": DATA.advantages}, "num_items_in_batch"),
+        (hl.KTO(), {"desirable": DATA.desirable}, "z0"),
+    ],
+)
+@pytest.mark.parametrize("value", ["9", [9]], ids=["string", "list"])
+def test_numbers_of_a_batch_are_numbers(objective, batch, name, value):
+    message = f"{name} must be a number or a tensor, got the {type(value).__name__}"
+    refuses(message, given_to(objective, **batch, **{name: value}), TypeError)
+
+
+NUMBERS = [
+    (cls, field.name)
+    for cls in (*GOOD, hl.Clip, hl.BetaRejection, hl.ProspectWeight)
+    for field in dataclasses.fields(cls)
+    if field.name != "perception"
+]
+
+
+@pytest.mark.parametrize(("cls", "name"), NUMBERS)
+@pytest.mark.parametrize("value", ["0.1", [0.1, "x"], b"0.1"], ids=["string", "list", "bytes"])
+def test_options_of_objectives_and_perceptions_have_their_types(cls, name, value):
+    """Names are strings: an unknown one is a ValueError that lists those there are."""
+    error = (TypeError, ValueError) if isinstance(value, str) else TypeError
+    with pytest.raises(error, match=rf"{name}.*got|unknown {cls.__name__} {name}"):
+        cls(**{name: value})
+
+
+def test_the_messages_of_options_name_what_is_wanted():
+    for make, message in [
+        (lambda: hl.DPO(beta="0.1"), "DPO's beta must be a number, got the str '0.1'"),
+        (lambda: hl.Clip("a", 1), "Clip's log_eps_P must be a number, got the str 'a'"),
+        (lambda: hl.Clip(-1, None), "Clip's log_eps_R must be a number, got None"),
+        (lambda: hl.GRPO(delta="2"), "GRPO's delta must be a number or None, got the str '2'"),
+        (lambda: hl.GRPO(epsilon=True), "GRPO's epsilon must be a number, got the bool True"),
+        (lambda: hl.GRPO(max_completion_length=1.5), "must be a whole number or None, got the flo"),
+        (lambda: hl.GRPO(use_bias_correction_kl="no"), "must be True or False, got the str 'no'"),
+        (lambda: hl.DPO(loss_weights=("1",)), "loss_weights must be several of them or None"),
+        (lambda: hl.KTO(beta=torch.ones(())), r"beta must be a number, got a tensor of shape \[\]"),
+    ]:
+        with pytest.raises(TypeError, match=message):
+            make()
+    numbers = np.float64(0.1), np.float32(0.1), np.int64(1), 1
+    assert all(hl.DPO(beta=number).beta == number for number in numbers)
+
+
+# Values
+
+
+def mask_with(value, dtype=torch.int64):
+    mask = DATA.mask.to(dtype)
+    mask[1, 1] = value
+    return mask
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (
+            DATA.labels,
+            r"mask must be bool or 0/1, got torch.int64 with the value .* labels != -100",
+        ),
+        (mask_with(2), "mask must be bool or 0/1, got torch.int64 with the value 2$"),
+        (mask_with(-1, torch.int8), "got torch.int8 with the value -1"),
+        (mask_with(0.5, torch.float32), "got torch.float32 with the value 0.5"),
+        (mask_with(math.nan, torch.float32), "got torch.float32 with the value nan"),
+    ],
+)
+def test_a_mask_is_true_or_false(mask, message):
+    refuses(message, lambda: hl.DPO().from_logps(DATA.logps, DATA.ref, mask))
+    kl = {"kl_logps": DATA.logps, "kl_ref_logps": DATA.ref, "kl_mask": mask}
+    message = f"kl_{message}" if message.startswith("mask") else message
+    refuses(message, given_to(hl.KTO(), desirable=DATA.desirable, **kl))
+    message = message.replace("kl_", "attention_")
+    refuses(message, lambda: hl.mismatched_rows(DATA.labels, DATA.labels, mask))
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64, torch.float32])
+def test_a_mask_has_any_dtype(dtype):
+    given = [hl.DPO().from_logps(DATA.logps, DATA.ref, DATA.mask.to(d)) for d in (dtype, bool)]
+    assert given[0][0] == given[1][0]
+
+
+def test_desirable_is_true_or_false():
+    signs = torch.tensor([1, -1, 1, -1])
+    message = "desirable must be bool or 0/1, got torch.int64 with the value -1"
+    refuses(message, given_to(hl.KTO(), desirable=signs, z0=0.0))
+
+
+@pytest.mark.parametrize("value", [-math.inf, math.inf, math.nan])
+def test_the_reference_s_log_probs_are_finite_where_they_count(value):
+    row, masked = DATA.mask.nonzero()[0], (~DATA.mask).nonzero()[0]
+
+    def with_value(x, where):
+        x = x.clone()
+        x[tuple(where)] = value
+        return x
+
+    def message(name):
+        return f"{name} must be finite on completion tokens, got {value}"
+
+    ref, old = with_value(DATA.ref, row), with_value(DATA.old, row)
+    refuses(message("ref_logps"), lambda: hl.DPO().from_logps(DATA.logps, ref, DATA.mask))
+    refuses(message("ref_logps"), lambda: hl.DPO().from_logits(LOGITS, DATA.labels, ref))
+    hidden = DATA.hidden, DATA.weight, DATA.labels
+    refuses(message("ref_logps"), lambda: hl.DPO().from_hidden(*hidden, ref))
+    given = {"advantages": DATA.advantages, "old_logps": old}
+    refuses(message("old_logps"), given_to(hl.GRPO(), **given))
+    kl = {"kl_logps": DATA.logps, "kl_ref_logps": ref, "kl_mask": DATA.mask}
+    refuses(message("kl_ref_logps"), given_to(hl.KTO(), desirable=DATA.desirable, **kl))
+    loss, _ = hl.DPO().from_logps(DATA.logps, with_value(DATA.ref, masked), DATA.mask)
+    assert loss == hl.DPO().from_logps(DATA.logps, DATA.ref, DATA.mask)[0]
+
+
 # debug()
+
+
+class OnGpu(torch.Tensor):
+    """Says that it is on a GPU."""
+
+    @property
+    def device(self):
+        return torch.device("cuda")
+
+
+@pytest.mark.parametrize("value", [7, -1])
+def test_labels_on_a_gpu_are_looked_at_within_debug(value):
+    labels = label(value).as_subclass(OnGpu)
+    checks.require_labels(labels, DATA.V, -100)
+    with hl.debug():
+        refuses(f"got {value}", lambda: checks.require_labels(labels, DATA.V, -100))
+
+
+def test_masks_and_references_on_a_gpu_are_looked_at_within_debug():
+    for check in (
+        lambda: checks.require_mask("mask", mask_with(2).as_subclass(OnGpu)),
+        lambda: checks.require_finite(
+            "mask", torch.full((4, 5), math.inf).as_subclass(OnGpu), DATA.mask
+        ),
+    ):
+        check()
+        with hl.debug():
+            refuses("mask must be", check)
 
 
 @pytest.mark.parametrize("enabled", [True, False])

@@ -173,3 +173,130 @@ def test_a_loss_that_ignores_the_policy_has_no_gradient():
     close(loss.detach(), DATA.ref[DATA.mask].sum())
     assert stats["humanline/active_rows"] == 0
     assert not any(grad.any() for grad in gradients(loss, hidden, weight))
+
+
+# What is no loss
+
+
+def token_objective(loss):
+    class Own(hl.TokenObjective):
+        def token_loss(self, rows):
+            return loss(rows)
+
+    return Own()
+
+
+def objective(loss, of="batch"):
+    class Own(hl.Objective):
+        coupling = of
+
+        def loss(self, rows):
+            return loss(rows)
+
+    return Own()
+
+
+def from_logps(own):
+    return own.from_logps(leaf(DATA.logps), DATA.ref, DATA.mask)
+
+
+def from_logits(own):
+    return own.from_logits(leaf(LOGITS), DATA.labels, DATA.ref)
+
+
+def from_hidden(own):
+    return own.from_hidden(leaf(DATA.hidden), leaf(DATA.weight), DATA.labels, DATA.ref)
+
+
+ENTRY = pytest.mark.parametrize("call", [from_logps, from_logits, from_hidden])
+
+
+@ENTRY
+@pytest.mark.parametrize(
+    ("own", "message", "error"),
+    [
+        (
+            token_objective(lambda rows: rows.logps.sum()),
+            r"Own.token_loss\(\) must return a tensor \[\d+\], .* got a tensor of shape \[\]",
+            ValueError,
+        ),
+        (
+            token_objective(lambda rows: rows.logps[:, None]),
+            r"must return a tensor \[(\d+)\], .* got a tensor of shape \[\1, 1\]",
+            ValueError,
+        ),
+        (token_objective(lambda rows: 0.5), "token_loss.* got the float 0.5", TypeError),
+        (
+            token_objective(lambda rows: rows.logps.detach()),
+            "must be differentiable with respect to the rows .* detached",
+            ValueError,
+        ),
+        (
+            token_objective(lambda rows: rows.expand(rows.sum(rows.logps))),
+            "sums over sequences need all 20 rows of the batch",
+            ValueError,
+        ),
+        (objective(lambda rows: 0.5), r"Own.loss\(\) must return a scalar .* float 0.5", TypeError),
+        (
+            objective(lambda rows: rows.logps),
+            r"Own.loss\(\) must return a floating-point scalar, got torch.float64 \[20\]",
+            ValueError,
+        ),
+        (objective(lambda rows: rows.logps.sum()[None]), r"scalar, got .* \[1\]", ValueError),
+        (objective(lambda rows: rows.mask.sum()), r"scalar, got torch.int64 \[\]", ValueError),
+    ],
+)
+def test_what_is_no_loss_is_refused(call, own, message, error):
+    if call is from_logps and "sums over" in message:
+        return  # it is handed all rows there
+    with pytest.raises(error, match=message):
+        call(own)
+
+
+@ENTRY
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        (token_objective(lambda rows: rows.logps - rows.logps.mean()), "Own is a TokenObjective"),
+        (token_objective(lambda rows: rows.logps + rows.logps.sum()), "that row alone"),
+        (token_objective(lambda rows: rows.logps * rows.logps.detach().mean()), "coefficient of"),
+        (objective(lambda rows: rows.sum(rows.log_ratio).softmax(0)[0], "sequence"), "sequence"),
+        (objective(lambda rows: rows.sum(rows.log_ratio).softmax(0)[0], "pair"), "pair alone"),
+        (objective(lambda rows: rows.logps.detach().sum()), "is detached from it"),
+    ],
+)
+def test_debug_looks_at_what_is_taken_at_an_objective_s_word(call, own, message):
+    with hl.debug(), pytest.raises(ValueError, match=message):
+        call(own)
+
+
+def right_pairs(rows):
+    chosen, rejected = rows.sum(rows.log_ratio).split(rows.num_sequences // 2)
+    return torch.sigmoid(chosen - rejected).mean()
+
+
+@ENTRY
+@pytest.mark.parametrize(
+    "own",
+    [
+        token_objective(lambda rows: rows.token_mean(rows.log_ratio**2)),
+        token_objective(lambda rows: rows.sequence_mean(rows.logps.exp())),
+        objective(lambda rows: rows.mean(rows.log_ratio).exp().sum(), "sequence"),
+        objective(right_pairs, "pair"),
+        objective(lambda rows: rows.sum(rows.log_ratio).softmax(0)[0]),
+        objective(lambda rows: rows.ref_logps.sum()),
+        hl.SFT(),
+        hl.DPO(perception=hl.BetaRejection()),
+        hl.DPO(loss_type="aot"),
+    ],
+)
+@pytest.mark.parametrize("masked", [False, True], ids=["some", "all-masked"])
+def test_debug_changes_nothing_of_a_right_one(call, own, masked, monkeypatch):
+    if masked:
+        monkeypatch.setattr(DATA, "mask", torch.zeros_like(DATA.mask))
+        monkeypatch.setattr(DATA, "labels", torch.full_like(DATA.labels, -100))
+    with hl.debug():
+        torch.manual_seed(0)
+        looked_at = call(own)
+    torch.manual_seed(0)
+    torch.testing.assert_close(looked_at, call(own), rtol=0, atol=0, equal_nan=True)

@@ -290,3 +290,37 @@ def test_an_overflowing_row_without_a_coefficient_does_not_spread_with_a_frozen_
     logps = hl.linear_token_logps(hidden, torch.randn(V, H), torch.zeros(1, 2, dtype=torch.long))
     logps[0, 1].backward()
     assert (hidden.grad[0, 0] == 0).all() and hidden.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("label", [3, -100])
+def test_a_single_row(backend, label):
+    """Logits ``[V]`` and a label ``[]`` give what they give as a batch of one."""
+    logits, label = torch.randn(V), torch.tensor(label)
+    hidden, weight = torch.randn(H), torch.randn(V, H)
+    for call, inputs in (
+        (hl.token_logps, (logits,)),
+        (hl.linear_token_logps, (hidden, weight)),
+    ):
+        results = []
+        for one in (False, True):
+            leaves = [x.clone().requires_grad_() for x in inputs]
+            first = leaves[0] if one else leaves[0][None]
+            logps, entropy = call(
+                *(first, *leaves[1:], label if one else label[None]),
+                temperature=1.3,
+                return_entropy=True,
+                backend=backend,
+            )
+            assert logps.shape == entropy.shape == (() if one else (1,))
+            (2 * logps + entropy).sum().backward()
+            results.append([logps.view(1), entropy.view(1), *(x.grad for x in leaves)])
+        torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+def test_a_row_has_logits_and_an_objective_has_sequences():
+    for call in (hl.token_logps, hl.SFT().from_logits):
+        with pytest.raises(ValueError, match=r"got \[\] and \[\]|rows must have shape \[B, T\]"):
+            call(torch.tensor(1.0), torch.tensor(0))
+    with pytest.raises(ValueError, match=r"rows must have shape \[B, T\]"):
+        hl.SFT().from_logits(torch.randn(V), torch.tensor(0))

@@ -184,6 +184,14 @@ def _check_lookahead(trainer: Any) -> None:
 
 def _check_head(model: nn.Module, args: Any) -> None:
     head = model.get_output_embeddings()
+    require(
+        head is None or not any(hasattr(part, "token_adapter") for part in head.modules()),
+        "PEFT trains single rows of the output head (trainable_token_indices names it, or the "
+        "input embeddings it is tied to), and humanline's fused head reads a whole weight: leave "
+        "trainable_token_indices to untied input embeddings, or train the whole head with "
+        'modules_to_save=["lm_head"], or all of tied embeddings with '
+        'modules_to_save=["embed_tokens", "lm_head"] and ensure_weight_tying=True',
+    )
     adapted = is_adapted(head)
     if adapted:
         require_plain_lora(head)
