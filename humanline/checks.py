@@ -144,10 +144,13 @@ def require_mask(name: str, mask: Tensor) -> None:
 
 
 def require_finite(name: str, x: Tensor, mask: Tensor) -> None:
-    """Where ``mask``, of the same shape, holds, ``x`` is neither infinite nor NaN."""
+    """Where ``mask``, of the same shape, holds, ``x`` is not infinite.
+
+    NaN passes, and makes the loss NaN: a policy that has diverged is seen where it is looked for.
+    """
 
     def bad():
-        return x[mask & ~x.isfinite()]
+        return x[mask & x.isinf()]
 
     require(
         lambda: bad().numel() == 0,

@@ -641,7 +641,12 @@ def test_desirable_is_true_or_false():
     refuses(message, given_to(hl.KTO(), desirable=signs, z0=0.0))
 
 
-@pytest.mark.parametrize("value", [-math.inf, math.inf, math.nan])
+def test_a_reference_that_has_diverged_shows_in_the_loss():
+    loss, _ = hl.DPO().from_logps(DATA.logps, DATA.ref * math.nan, DATA.mask)
+    assert loss.isnan()
+
+
+@pytest.mark.parametrize("value", [-math.inf, math.inf])
 def test_the_reference_s_log_probs_are_finite_where_they_count(value):
     row, masked = DATA.mask.nonzero()[0], (~DATA.mask).nonzero()[0]
 
