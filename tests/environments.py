@@ -117,8 +117,11 @@ def filled(text: str, results: list[dict]) -> str:
 
 
 def table(results: list[dict]) -> str:
+    """A row a pair; one that has not run says so."""
     head = (*COLUMNS, "processor", "passed", "skipped", "failed")
     rows = [[r[c] for c in head[:-1]] + [len(r["failed"])] for r in results]
+    missing = [pair for pair in PAIRS if pair not in map(pair_of, results)]
+    rows += [[*pair, TRITON[pair[1]], *["not run"] * (len(head) - 3)] for pair in missing]
     lines = [head, ["---"] * len(head), *rows]
     return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
 
