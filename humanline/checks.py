@@ -33,6 +33,11 @@ def debug(enabled: bool = True) -> Iterator[None]:
         _debug.reset(token)
 
 
+def free_to_read(x: Tensor) -> bool:
+    """Whether looking at a tensor's values waits for nothing: it is on a CPU."""
+    return x.device.type == "cpu"
+
+
 def require(
     condition: bool | Callable[[], bool],
     message: str | Callable[[], str],
@@ -43,7 +48,7 @@ def require(
 
     A condition that reads values of a tensor is given as a function, with that tensor as ``on``.
     """
-    if on is not None and (is_compiling() or not (on.device.type == "cpu" or _debug.get())):
+    if on is not None and (is_compiling() or not (free_to_read(on) or _debug.get())):
         return
     if not (condition() if callable(condition) else condition):
         raise error(message() if callable(message) else message)

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from humanline import autograd
+from humanline import autograd, checks
 
 _FLOATS = 2**18  # a MiB: what a CPU widens at a time
 
@@ -34,6 +34,6 @@ def scaled_gradient(x: Tensor, factor: Tensor, dtype: torch.dtype | None = None)
     """
     dtype = dtype or x.dtype
     ours = dtype == x.dtype and not autograd.graph_is_kept()
-    if factor.device.type == "cpu" and factor.dim() == 0 and factor == 1:
+    if checks.free_to_read(factor) and factor.dim() == 0 and factor == 1:
         return x.to(dtype, copy=not ours)
     return multiply(x, factor, x if ours else torch.empty_like(x, dtype=dtype))

@@ -46,5 +46,5 @@ def divide_by_temperature(z: Tensor, temperature: Tensor, rows: slice | Tensor) 
     """In place, ``z [n, V]`` being these rows."""
     if temperature.dim():
         z.div_(temperature[rows, None])
-    elif temperature.device.type != "cpu" or temperature != 1:
+    elif not checks.free_to_read(temperature) or temperature != 1:
         z.div_(temperature)
