@@ -25,6 +25,7 @@ from .rows import (
     row_value,
     write_gradient,
 )
+from .token_epilogue import NO_TOKEN_LOSS, TokenLoss, write_token_loss
 
 
 @triton.jit
@@ -42,9 +43,30 @@ def humanline_head_softmax(
     row_stride,
     logit_scale,
     logit_softcap,
+    anchor_ptr,
+    ref_ptr,
+    advantages_ptr,
+    weight_ptr,
+    entropy_weight_ptr,
+    loss_ptr,
+    g_ptr,
+    scale_ptr,
+    of_logp_ptr,
+    of_entropy_ptr,
+    log_eps_P,
+    log_eps_R,
+    low,
+    high,
+    delta,
+    beta,
+    temperature_pos,
+    temperature_neg,
     TEMPERATURE_PER_ROW: tl.constexpr,
     SOFTCAP: tl.constexpr,
     ENTROPY: tl.constexpr,
+    TOKEN_LOSS: tl.constexpr,
+    KIND: tl.constexpr,
+    PENALTY: tl.constexpr,
     LANES: tl.constexpr,
     PER_LANE: tl.constexpr,
 ):
@@ -69,8 +91,37 @@ def humanline_head_softmax(
     tl.store(logps_ptr + row, logp)
     tl.store(max_ptr + row, m)
     tl.store(sum_ptr + row, s)
+    entropy = 0.0
     if ENTROPY:
-        tl.store(entropy_ptr + row, row_entropy(inverse, s, t))
+        entropy = row_entropy(inverse, s, t)
+        tl.store(entropy_ptr + row, entropy)
+    if TOKEN_LOSS:
+        write_token_loss(
+            row,
+            logp,
+            entropy,
+            anchor_ptr,
+            ref_ptr,
+            advantages_ptr,
+            weight_ptr,
+            entropy_weight_ptr,
+            loss_ptr,
+            g_ptr,
+            scale_ptr,
+            of_logp_ptr,
+            of_entropy_ptr,
+            log_eps_P,
+            log_eps_R,
+            low,
+            high,
+            delta,
+            beta,
+            temperature_pos,
+            temperature_neg,
+            KIND,
+            PENALTY,
+            ENTROPY,
+        )
 
 
 @triton.jit
@@ -78,8 +129,7 @@ def humanline_head_gradient(
     dz_ptr,
     z_ptr,
     kept_ptr,
-    count_ptr,
-    first_ptr,
+    active_ptr,
     labels_ptr,
     temperature_ptr,
     bias_ptr,
@@ -98,7 +148,7 @@ def humanline_head_gradient(
     TEMPERATURE_PER_ROW: tl.constexpr,
     SOFTCAP: tl.constexpr,
     KEPT: tl.constexpr,
-    COUNT: tl.constexpr,
+    ACTIVE: tl.constexpr,
     OF_LOGP: tl.constexpr,
     ENTROPY: tl.constexpr,
     LANES: tl.constexpr,
@@ -106,10 +156,9 @@ def humanline_head_gradient(
 ):
     out = tl.program_id(0)
     place = out.to(tl.int64)
-    if COUNT:
-        if out >= tl.load(count_ptr):
+    if ACTIVE:
+        if tl.load(active_ptr + out) == 0:
             return
-        place += tl.load(first_ptr)
     row = out
     if KEPT:
         row = tl.load(kept_ptr + out).to(tl.int32)
@@ -157,6 +206,8 @@ class HeadRows:
         bias: ``[V]`` or None.
         logit_scale, logit_softcap: options of the head, applied after the bias in this order.
         with_entropy: also compute each row's entropy.
+        logps, entropy: where to write them; memory of its own if None.
+        token_loss: a loss that is evaluated at each row's log-prob.
 
     Attributes:
         logps, entropy: float32 ``[n]``, in nats; entropy is None if not asked for.
@@ -171,6 +222,9 @@ class HeadRows:
         logit_scale: float = 1.0,
         logit_softcap: float | None = None,
         with_entropy: bool = False,
+        logps: Tensor | None = None,
+        entropy: Tensor | None = None,
+        token_loss: TokenLoss | None = None,
     ):
         self._z, self._labels, self._temperature, self._bias = z, labels, temperature, bias
         vocab, aligned = z.shape[1], _aligned(z)
@@ -181,8 +235,13 @@ class HeadRows:
             "SOFTCAP": logit_softcap is not None,
             **row_config(vocab, z.dtype, aligned),
         }
-        self.logps, self._max, self._sum = (z.new_empty(len(z)) for _ in range(3))
-        self.entropy = torch.empty_like(self.logps) if with_entropy else None
+        self.logps = z.new_empty(len(z)) if logps is None else logps
+        self._max, self._sum = (z.new_empty(len(z)) for _ in range(2))
+        self.entropy = entropy
+        if with_entropy and entropy is None:
+            self.entropy = torch.empty_like(self.logps)
+        arguments = NO_TOKEN_LOSS if token_loss is None else token_loss.arguments
+        loss = {"KIND": 0, "PENALTY": 0} if token_loss is None else token_loss.constants
         if len(z):
             with torch.cuda.device_of(z):
                 humanline_head_softmax[(len(z),)](
@@ -198,7 +257,10 @@ class HeadRows:
                     self._width,
                     z.stride(0),
                     *self._scalars,
+                    *arguments,
                     ENTROPY=with_entropy,
+                    TOKEN_LOSS=token_loss is not None,
+                    **loss,
                     **self._constants,
                 )
 
@@ -208,8 +270,7 @@ class HeadRows:
         kept: Tensor | None = None,
         of_logp: Tensor | None = None,
         of_entropy: Tensor | None = None,
-        count: Tensor | None = None,
-        first: Tensor | None = None,
+        active: Tensor | None = None,
     ) -> Tensor:
         """Gradient by ``z`` of ``Σ of_logp·logp + of_entropy·entropy`` over some rows.
 
@@ -220,8 +281,7 @@ class HeadRows:
             kept: the rows, integer ``[k]``; all if None.
             of_logp: float ``[k]``; 1 for all if None.
             of_entropy: float ``[k]``; 0 for all if None.
-            count, first: integer scalars on the device: only the first ``count`` of these rows
-                are written, to ``out[first:]``.
+            active: number ``[k]``; rows where it is 0 are neither read nor written.
 
         Returns:
             ``out[:k]``.
@@ -233,8 +293,7 @@ class HeadRows:
                     out,
                     self._z,
                     kept,
-                    count,
-                    first,
+                    active,
                     dense(self._labels),
                     dense(self._temperature),
                     self._bias,
@@ -250,7 +309,7 @@ class HeadRows:
                     out.stride(0),
                     *self._scalars,
                     KEPT=kept is not None,
-                    COUNT=count is not None,
+                    ACTIVE=active is not None,
                     OF_LOGP=of_logp is not None,
                     ENTROPY=of_entropy is not None,
                     **self._constants,

@@ -82,6 +82,8 @@ def front_order(active: Tensor) -> Tensor:
     place: of k rows, the i-th is i wherever row i < k is active, else one from k on. So they can be
     moved to the front all at once. Reads k, and no other number."""
     kept = active.nonzero().squeeze(1)
+    if len(kept) == len(active):
+        return kept
     k, front = len(kept), active[: len(kept)]
     holes = (~front).cumsum(0)  # so far; the last of the kept rows fill them
     return torch.where(front, torch.arange(k, device=active.device), kept[holes - holes[-1:] - 1])

@@ -7,6 +7,7 @@ all its rows matter.
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -121,18 +122,6 @@ class TritonBlock:
     def gradient(self, of_logp: Tensor | None = None, of_entropy: Tensor | None = None) -> Tensor:
         return self._rows.gradient(self._dz, self._kept, of_logp, of_entropy)
 
-    def write_gradient(
-        self,
-        out: Tensor,
-        rows: Tensor,
-        count: Tensor,
-        first: Tensor,
-        of_logp: Tensor | None = None,
-        of_entropy: Tensor | None = None,
-    ) -> None:
-        """That of the first ``count`` of some rows, to ``out[first:]``; both on the device."""
-        self._rows.gradient(out, rows, of_logp, of_entropy, count, first)
-
 
 def padded_length(weight: Tensor) -> int:
     """Elements from one row of a kernel's logits to the next."""
@@ -170,19 +159,44 @@ def comfortable_rows(fitting: int, on_cpu: bool) -> int:
     return min(fitting, CPU_BLOCK_ROWS) if on_cpu else whole_tiles(fitting)
 
 
-def stacked_rows(length: int, itemsize: int, workspace_bytes: int) -> tuple[int, int]:
-    """Rows of a block, and of those whose gradient waits (head_gradients.py): four blocks', if a
-    block still has the rows that make it worth reading the weight; 0 where not even one fits so.
+@dataclass(frozen=True)
+class StackSizes:
+    """Rows of a block, whose logits are formed together; and of the stack, in which those with a
+    gradient wait to be multiplied together (stacked.py)."""
 
-    Args:
-        length: elements of a row.
-        itemsize: of the weight's elements, in bytes.
+    block: int
+    stack: int
+
+
+def stack_sizes(rows: int, weight: Tensor, trains: bool, workspace_bytes: int) -> StackSizes | None:
+    """What a GPU holds of so many rows; None where not even a row fits.
+
+    A product over some rows reads and writes the float32 sum for the weight, 4·V·H bytes: what an
+    H100 multiplies over some 1,000 rows in the same time. So the gradient of all rows is kept, in
+    half precision, while it is no larger than that sum: up to 2H rows, which are multiplied once,
+    and there is no sum. Beyond, H rows are kept beside it: as much memory as the weight's gradient,
+    rounded, takes when they have been multiplied. The workspace then holds logits alone.
+
+    Where the sum is the result (float32), or there is none (a frozen head), blocks and stack share
+    the workspace; so they do where it holds more rows than that. The stack takes as much of it as
+    four blocks' gradients, if a block still has the rows that make it worth reading the weight.
     """
+    length, width = padded_length(weight), weight.shape[1]
+    shared = _sharing(length, weight.element_size(), workspace_bytes)
+    if trains and weight.element_size() < torch.float32.itemsize:
+        kept = rows if rows <= 2 * width else width
+        block = whole_tiles(workspace_bytes // (length * torch.float32.itemsize))
+        if block and (shared is None or kept > shared.stack or kept == rows):
+            return StackSizes(block, kept)
+    return shared
+
+
+def _sharing(length: int, itemsize: int, workspace_bytes: int) -> StackSizes | None:
     logits, gradient = length * torch.float32.itemsize, length * itemsize
-    rows = whole_tiles(workspace_bytes // (logits + 4 * gradient))
-    if rows < MIN_ROWS <= workspace_bytes // (logits + gradient):
-        rows = MIN_ROWS
-    return rows, (workspace_bytes - rows * logits) // gradient
+    block = whole_tiles(workspace_bytes // (logits + 4 * gradient))
+    if block < MIN_ROWS <= workspace_bytes // (logits + gradient):
+        block = MIN_ROWS
+    return StackSizes(block, (workspace_bytes - block * logits) // gradient) if block else None
 
 
 def whole_tiles(rows: int) -> int:

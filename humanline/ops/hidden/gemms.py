@@ -6,7 +6,6 @@ precision loses up to 0.05 nats of a log-prob. Gradients of the weight are summe
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,6 +13,7 @@ from torch import Tensor
 from humanline.dtypes import compute_dtype
 
 _TILE_FLOATS = 2**20  # of the weight, widened at a time
+_FLOAT16_TILES = 8  # of the weight's gradient, in float32 one at a time
 
 
 def _on_tensor_cores(x: Tensor) -> bool:
@@ -95,55 +95,132 @@ def write_hidden_gradient_(
         hidden_gradient_(dh, dz, weight, count, scale=scale, index=index)
 
 
-def add_weight_gradient_(
-    total: Tensor, dz: Tensor, scale: Tensor, h: Tensor, count: Tensor | None = None
-) -> None:
-    """``total += dzᵀ @ (scale·h)``, accumulated in ``total``'s float32 or float64; the sum is over
-    the first ``count`` rows if that is given.
+def weight_gradient(
+    dz: Tensor,
+    scale: Tensor,
+    h: Tensor,
+    total: Tensor | None = None,
+    count: Tensor | None = None,
+) -> Tensor:
+    """``dzᵀ @ (scale·h)``, accumulated in float32 (float64 from float64).
 
     The row scale goes to ``h``, so that ``dz`` stays within [-1, 1], where half precision is best.
-    """
-    scaled = h.to(total.dtype) * scale[:, None]
-    if count is not None:
-        from humanline.kernels.matmul import add_weight_gradient_ as add
 
+    Args:
+        dz: ``[n, V]``; scale: ``[n]``; h: ``[n, H]``.
+        total: ``[V, H]`` in float32 or float64, to add to, in place; None for 0.
+        count: the sum is over the first ``count`` rows if that is given, on the device.
+    """
+    dtype = compute_dtype(h.dtype)
+    if count is not None:
+        from humanline.kernels.matmul import add_weight_gradient_
+
+        if total is None:
+            total = h.new_zeros(dz.shape[1], h.shape[1], dtype=dtype)
         top = _top(scale)
-        add(total, dz, (scaled / top).to(dz.dtype), count, factor=top)
-    elif not _on_tensor_cores(h):
+        return add_weight_gradient_(total, dz, _scaled(h, scale / top, dz.dtype), count, factor=top)
+    if not _on_tensor_cores(h):
         with _bfloat16_products(h.dtype):
-            total.addmm_(dz.T.to(total.dtype), scaled)
-    elif h.dtype == torch.bfloat16:
-        torch.addmm(total, dz.to(h.dtype).T, scaled.to(h.dtype), out_dtype=total.dtype, out=total)
-    else:  # float16 underflows where coefficients are small: bring them to 1 and back
-        top = _top(scale)
-        total += torch.mm(dz.to(h.dtype).T, (scaled / top).to(h.dtype), out_dtype=total.dtype) * top
+            factors = dz.T.to(dtype), _scaled(h, scale, dtype)
+            return torch.mm(*factors) if total is None else total.addmm_(*factors)
+    if h.dtype == torch.bfloat16:
+        factors = dz.to(h.dtype).T, _scaled(h, scale, h.dtype)
+        if total is None:
+            return torch.mm(*factors, out_dtype=dtype)
+        return torch.addmm(total, *factors, out_dtype=dtype, out=total)
+    add = total is not None
+    total = total if add else h.new_empty(dz.shape[1], h.shape[1], dtype=dtype)
+    for tile, product, top in _float16_tiles(dz, scale, h):
+        if add:
+            total[tile].addcmul_(product, top)
+        else:
+            torch.mul(product, top, out=total[tile])
+    return total
+
+
+def rounded_weight_gradient(dz: Tensor, scale: Tensor, h: Tensor) -> Tensor:
+    """The same in the dtype of ``h``, rounded once, without a float32 matrix of the weight's size
+    where the GEMM can do so."""
+    if not _on_tensor_cores(h):
+        return weight_gradient(dz, scale, h).to(h.dtype)
+    if h.dtype == torch.bfloat16:
+        with _float32_reductions():
+            return torch.mm(dz.T, _scaled(h, scale, h.dtype))
+    dw = h.new_empty(dz.shape[1], h.shape[1])
+    for tile, product, top in _float16_tiles(dz, scale, h):
+        torch.mul(product, top, out=dw[tile])
+    return dw
+
+
+def _scaled(h: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """``scale·h``, multiplied in float32 at least and rounded once."""
+    return torch.mul(h, scale[:, None], out=torch.empty_like(h, dtype=dtype))
+
+
+def _float16_tiles(dz: Tensor, scale: Tensor, h: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """``dzᵀ @ (scale·h)`` as float32 products of some rows of the weight at a time, each still to
+    be multiplied by a number: float16 underflows where coefficients are small, so they are brought
+    to 1 and back."""
+    top, dz = _top(scale), dz.to(h.dtype)
+    scaled = _scaled(h, scale / top, h.dtype)
+    rows = -(-dz.shape[1] // _FLOAT16_TILES)
+    for start in range(0, dz.shape[1], rows):
+        tile = slice(start, start + rows)
+        yield tile, torch.mm(dz[:, tile].T, scaled, out_dtype=compute_dtype(h.dtype)), top
+
+
+@contextmanager
+def _float32_reductions() -> Iterator[None]:
+    """cuBLAS may split a sum over rows; let it add the parts in float32, not in bfloat16."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_bf16_reduced_precision_reduction
+    matmul.allow_bf16_reduced_precision_reduction = False
+    try:
+        yield
+    finally:
+        matmul.allow_bf16_reduced_precision_reduction = before
 
 
 def _top(scale: Tensor) -> Tensor:
     return scale.abs().amax().clamp(min=torch.finfo(scale.dtype).tiny)
 
 
-@dataclass
 class HeadGradients:
-    """Gradients summed up block by block: of the weight, of the bias; None if not asked for."""
+    """Gradients summed up block by block, in float32 (float64 from float64).
 
-    weight: Tensor | None
-    bias: Tensor | None
+    Attributes:
+        weight, bias: None if not asked for.
+    """
 
-    @classmethod
-    def zeros(
-        cls, weight: Tensor, bias: Tensor | None, need_weight: bool, need_bias: bool
-    ) -> "HeadGradients":
-        dtype = compute_dtype(weight.dtype)
-        return cls(
-            torch.zeros_like(weight, dtype=dtype) if need_weight else None,
-            torch.zeros_like(bias, dtype=dtype) if need_bias else None,
-        )
+    def __init__(self, weight: Tensor, bias: Tensor | None, need_weight: bool, need_bias: bool):
+        self._of_weight = weight if need_weight else None
+        self._of_bias = bias if need_bias else None
+        self._weight = self._bias = None  # until there is something to sum: no zeros are written
 
     def add(self, dz: Tensor, scale: Tensor, h: Tensor, count: Tensor | None = None) -> None:
         """Add a block: ``dz [n, V]``, its rows still to be multiplied by ``scale [n]``; of them
         the first ``count`` if that is given."""
-        if self.weight is not None:
-            add_weight_gradient_(self.weight, dz, scale, h, count)
-        if self.bias is not None:  # the weight of a hidden state that is always 1
-            add_weight_gradient_(self.bias[:, None], dz, scale, torch.ones_like(h[:, :1]), count)
+        if self._of_weight is not None:
+            self._weight = weight_gradient(dz, scale, h, self._weight, count)
+        if self._of_bias is not None:
+            self._bias = weight_gradient(dz, scale, ones_of(h), self._bias, count)
+
+    @property
+    def weight(self) -> Tensor | None:
+        return _or_zeros(self._weight, self._of_weight)
+
+    @property
+    def bias(self) -> Tensor | None:
+        total = self._bias
+        return _or_zeros(None if total is None else total[:, 0], self._of_bias)
+
+
+def _or_zeros(total: Tensor | None, of: Tensor | None) -> Tensor | None:
+    if total is None and of is not None:
+        return torch.zeros_like(of, dtype=compute_dtype(of.dtype))
+    return total
+
+
+def ones_of(h: Tensor) -> Tensor:
+    """Hidden states that are always 1: a bias is their weight."""
+    return torch.ones_like(h[:, :1])

@@ -21,26 +21,17 @@ once a block, as its log-probs come to be known, or as soon as no more rows can 
 once, in the backward.
 """
 
-from functools import partial
-
 import torch
 from torch import Tensor
 
 from humanline import autograd
 from humanline.dtypes import compute_dtype
-from humanline.ops.hidden.blocks import (
-    BLOCKS,
-    block_rows,
-    comfortable_rows,
-    head_blocks,
-    padded_length,
-    stacked_rows,
-)
-from humanline.ops.hidden.gradients import BlockGradients, StackedGradients
+from humanline.ops.hidden import stacked
+from humanline.ops.hidden.blocks import BLOCKS, block_rows, comfortable_rows, head_blocks
+from humanline.ops.hidden.gradients import BlockGradients
 from humanline.ops.hidden.head import Head
-from humanline.ops.hidden.schedule import Sizes, blocks_with_gradient
+from humanline.ops.hidden.schedule import blocks_with_gradient
 from humanline.ops.hidden.token_logps import check_capturable, linear_token_logps, under_autocast
-from humanline.ops.scaling import scaled_gradient
 from humanline.ops.whole_batch import evaluate as evaluate_batch
 from humanline.ops.whole_batch import finish
 from humanline.seam import Problem, evaluate
@@ -61,27 +52,20 @@ def linear_objective(
     hidden, weight = under_autocast(hidden, weight)
     check_capturable(capturable, backend)
     fitting = block_rows(BLOCKS[backend], weight, head, with_entropy, workspace_bytes)
-    found = None
+    rows = hidden.reshape(-1, hidden.shape[-1]), weight
+    flat = labels.reshape(-1), head.for_rows(labels)
+    blocks = plan = None
     if _trains(hidden, weight, head.bias) and not capturable:
-        sizes = [Sizes(fitting, comfortable_rows(fitting, weight.device.type == "cpu"))]
-        if backend == "triton" and _trains(weight, head.bias):
-            length, itemsize = padded_length(weight), weight.element_size()
-            rows, waiting = stacked_rows(length, itemsize, workspace_bytes)
-            sizes = [Sizes(rows, rows, waiting), *sizes] if rows else sizes
-        found = blocks_with_gradient(problem, problem.layout.mask, sizes)
-    if found is not None:
-        chosen, blocks = found
-        return _LinearObjective.apply(
-            hidden.reshape(-1, hidden.shape[-1]),
-            weight,
-            head.bias,
-            labels.reshape(-1),
-            head.for_rows(labels),
-            problem,
-            blocks,
-            backend,
-            chosen.waiting,
-        )
+        head_trains = _trains(weight, head.bias)
+        if backend == "triton" and (head_trains or problem.coupling == "token"):
+            plan = stacked.plan(problem, weight, head_trains, workspace_bytes)
+        if plan is not None:
+            return stacked.stacked_objective(problem, *rows, *flat, plan)
+        if backend == "torch" or head_trains or with_entropy:
+            comfortable = comfortable_rows(fitting, backend == "torch")
+            blocks = blocks_with_gradient(problem, problem.layout.mask, fitting, comfortable)
+    if blocks is not None:
+        return _LinearObjective.apply(*rows, head.bias, *flat, problem, blocks, backend)
     result = linear_token_logps(
         hidden,
         weight,
@@ -108,10 +92,9 @@ class _LinearObjective(torch.autograd.Function):
 
     @staticmethod
     @autograd.forward
-    def forward(ctx, hidden, weight, bias, labels, head, problem, blocks, backend, waiting):
+    def forward(ctx, hidden, weight, bias, labels, head, problem, blocks, backend):
         with_entropy = problem.objective.needs_entropy
-        make = partial(StackedGradients, waiting) if waiting else BlockGradients
-        gradients = make(hidden, weight, bias, labels, *ctx.needs_input_grad[:3])
+        gradients = BlockGradients(hidden, weight, bias, labels, *ctx.needs_input_grad[:3])
         logps = hidden.new_zeros(len(labels), dtype=compute_dtype(weight.dtype))
         entropy = torch.zeros_like(logps) if with_entropy else None
         whole = None
@@ -130,7 +113,6 @@ class _LinearObjective(torch.autograd.Function):
                 whole = evaluate_batch(problem, logps, entropy, backend)
                 coefficients = whole.coefficients.take(block.index)
             gradients.add(block, coefficients)
-        gradients.finish()
 
         whole = whole or evaluate_batch(problem, logps, entropy, backend)
         of_head = gradients.head
@@ -141,11 +123,4 @@ class _LinearObjective(torch.autograd.Function):
     @staticmethod
     @autograd.backward
     def backward(ctx, grad, _):
-        dh, scales, dw, db = ctx.saved_tensors
-        weight_dtype, bias_dtype = ctx.dtypes
-        return (
-            None if dh is None else scaled_gradient(dh, grad if scales is None else scales * grad),
-            None if dw is None else scaled_gradient(dw, grad, weight_dtype),
-            None if db is None else scaled_gradient(db, grad, bias_dtype),
-            *[None] * 6,
-        )
+        return *stacked.summed(ctx, grad), *[None] * 5

@@ -4,8 +4,7 @@ A row's coefficient depends on its own log-prob alone, on those of its sequence,
 the whole batch (``coupling`` of an objective): what is known together has to be in one block.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -18,62 +17,51 @@ def split_rows(wanted: Tensor, rows: int) -> list[Tensor]:
     return [index for index in wanted.nonzero().squeeze(1).split(rows) if len(index)]
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """Rows of a block: the most it can have, and how many it should where that is up to us; and
-    how many with a gradient may wait for those of other blocks."""
-
-    fitting: int
-    comfortable: int
-    waiting: int = 0
-
-
 def blocks_with_gradient(
-    problem: Problem, wanted: Tensor, sizes: Sequence[Sizes]
-) -> tuple[Sizes, list[Tensor]] | None:
+    problem: Problem, wanted: Tensor, fitting: int, comfortable: int
+) -> list[Tensor] | None:
     """Blocks of the rows where ``wanted [N]`` holds, no row's coefficient depending on two of them.
 
     Args:
-        sizes: those to choose from, first the one to prefer where there are many blocks, last the
-            one with the largest.
+        fitting: the most rows a block can have.
+        comfortable: how many it should have where that is up to us.
 
     Returns:
-        The sizes chosen, and indices of each block's rows; None if what depends on one another
-        does not fit.
+        Indices of each block's rows; None if what depends on one another does not fit.
     """
-    many, largest = sizes[0], sizes[-1]
     if problem.coupling == "token":
-        chosen = largest if len(wanted) <= largest.comfortable else many
-        return chosen, split_rows(wanted, chosen.comfortable)
-    if len(wanted) <= largest.fitting:
-        return largest, split_rows(wanted, largest.fitting)
+        return split_rows(wanted, comfortable)
+    if len(wanted) <= fitting:
+        return split_rows(wanted, fitting)
+    found = groups_of_rows(problem, wanted)
+    if found is None or max(found[1]) > fitting:
+        return None
+    order, sizes = found
+    return list(order.split(list(_packed(sizes, comfortable))))
+
+
+def groups_of_rows(problem: Problem, wanted: Tensor) -> tuple[Tensor, list[int]] | None:
+    """The rows where ``wanted [N]`` holds, those that depend on one another side by side, and how
+    many these are each time. Reads the lengths of all sequences. None if all rows do."""
     if problem.coupling == "batch":
         return None
     lengths = problem.layout.lengths.tolist()  # with that the number of rows is known, too
-    sequences, half = range(len(lengths)), len(lengths) // 2
-    pairs = problem.coupling == "pair"
-    groups = [(s, s + half) for s in sequences[:half]] if pairs else [(s,) for s in sequences]
-    rows = [sum(lengths[s] for s in group) for group in groups]
-    chosen = next((s for s in sizes if max(rows) <= s.fitting), None)
-    if chosen is None:
-        return None
-    of_sequence = torch.nonzero_static(wanted, size=sum(lengths)).squeeze(1).split(lengths)
-    return chosen, [
-        torch.cat([of_sequence[s] for group in block for s in group])
-        for block in _packed(groups, rows, chosen.comfortable)
-    ]
+    rows = torch.nonzero_static(wanted, size=sum(lengths)).squeeze(1)
+    if problem.coupling != "pair":
+        return rows, lengths
+    half = len(lengths) // 2
+    of_sequence = rows.split(lengths)
+    pairs = [x for s in range(half) for x in (of_sequence[s], of_sequence[s + half])]
+    return torch.cat(pairs), [a + b for a, b in zip(lengths[:half], lengths[half:], strict=True)]
 
 
-def _packed(groups: list[tuple], sizes: list[int], limit: int) -> Iterator[list[tuple]]:
-    """The groups in their order, as many together as stay within the limit, at least one."""
-    block, rows = [], 0
-    for group, size in zip(groups, sizes, strict=True):
-        if size == 0:
-            continue
-        if block and rows + size > limit:
-            yield block
-            block, rows = [], 0
-        block.append(group)
+def _packed(sizes: list[int], limit: int) -> Iterator[int]:
+    """Rows of blocks of whole groups in their order, as many as stay within the limit, or one."""
+    rows = 0
+    for size in sizes:
+        if rows and rows + size > limit:
+            yield rows
+            rows = 0
         rows += size
-    if block:
-        yield block
+    if rows:
+        yield rows

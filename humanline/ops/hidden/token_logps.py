@@ -213,7 +213,7 @@ def _recompute(ctx, coefficients: Coefficients) -> tuple[Tensor | None, ...]:
     else:
         blocks = head_blocks(ctx.kind, *inputs, split_rows(active, ctx.rows), ctx.with_entropy)
     dh = torch.zeros_like(hidden) if need_hidden else None
-    sums = HeadGradients.zeros(weight, bias, need_weight, need_bias)
+    sums = HeadGradients(weight, bias, need_weight, need_bias)
     for block in blocks:
         scale, of_logp, of_entropy = split_scale(coefficients.take(block.index))
         dz = block.gradient(of_logp, of_entropy)
