@@ -96,6 +96,11 @@ class Layout:
             return x[:, None].expand(self.shape).reshape(-1)
         return _SegmentExpand.apply(x, self.cu_seqlens, self.sequence_of_row)
 
+    def over_tokens(self, x: float) -> Tensor:
+        """A number divided by the batch's completion tokens, a scalar tensor; infinite where there
+        are none, so that no row has it."""
+        return _number(x) / self.tokens
+
     def rows(self, x: Tensor, name: str) -> Tensor:
         """``x`` as flat rows ``[N]``, from row values or from one value a sequence.
 
@@ -252,11 +257,29 @@ class Rows:
         self.layout._require_all(self.mask.shape)
         return self.layout.expand(x)
 
-    def token_mean(self, x: Tensor) -> Tensor:
-        """Each row's share of the mean of ``x`` over all completion tokens of the batch."""
-        return torch.where(self.mask, x, 0) / self.tokens.clamp(min=1)
+    def token_mean(self, x: Tensor | float) -> Tensor:
+        """Each row's share of the mean of ``x`` over all completion tokens of the batch. Of a
+        number, that of a completion token, see :meth:`Layout.over_tokens`."""
+        if isinstance(x, Tensor):
+            return torch.where(self.mask, x, 0) / self.tokens.clamp(min=1)
+        return self.layout.over_tokens(x)
 
-    def sequence_mean(self, x: Tensor) -> Tensor:
-        """Each row's share of the mean over sequences of their token means."""
-        share = torch.where(self.mask, x, 0) / self.length.clamp(min=1)
-        return share / max(self.num_sequences, 1)
+    def sequence_mean(self, x: Tensor | float) -> Tensor:
+        """Each row's share of the mean over sequences of their token means; of a number, whatever
+        the mask."""
+        length, sequences = self.length.clamp(min=1), max(self.num_sequences, 1)
+        if isinstance(x, Tensor):
+            return torch.where(self.mask, x, 0) / length / sequences
+        return _number(x / sequences) / length
+
+    def weights(self, share: Tensor | float) -> Tensor:
+        """One share for all rows, or one a row, as row values ``[n]``; rows outside the completion
+        have one too. For kernels, which do not look at those."""
+        if not isinstance(share, Tensor):
+            return torch.full_like(self.mask, share, dtype=torch.float32)
+        return share.expand(self.mask.shape)
+
+
+def _number(x: float) -> Tensor:
+    """A number as a tensor on the CPU, which a device divides by a tensor of its own in one go."""
+    return torch.tensor(x, dtype=torch.float32)

@@ -156,9 +156,11 @@ def humanline_head_gradient(
 ):
     out = tl.program_id(0)
     place = out.to(tl.int64)
+    active = True
     if ACTIVE:
-        if tl.load(active_ptr + out) == 0:
-            return
+        active = tl.load(active_ptr + out) != 0
+    if not active:
+        return
     row = out
     if KEPT:
         row = tl.load(kept_ptr + out).to(tl.int32)

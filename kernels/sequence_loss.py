@@ -5,6 +5,8 @@ evaluates the loss, and writes each row's coefficient. 9 bytes a row are read tw
 nothing beside the rows' logits. The same in torch is some fifty launches, each of them as long.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -15,13 +17,15 @@ from .policy_loss import perceive
 from .preference_loss import PAIR_KINDS, PER_TOKEN_KINDS, SINGLE_KINDS, pair_loss, single_loss
 
 KINDS = (*PAIR_KINDS, *SINGLE_KINDS)
-# What the batch reports, in this order: the mean loss; of pairs the mean, of single sequences the
-# sum (the chosen are the desirable ones) of the next five; the number of two sorts of rows.
+# What the batch reports, in this order: the mean loss; means over pairs, or over the desirable (as
+# the chosen) and the undesirable single sequences, NaN where there are none; the share of unclamped
+# tokens; the number of active rows.
 REPORT = (
     "loss",
     "chosen",  # reward: β times the perceived log-ratio of the sequence (SimPO: per token)
     "rejected",
-    "wins",  # is the chosen reward the higher one; of single sequences, is it desirable
+    "margins",
+    "wins",  # is the chosen reward the higher one; of single sequences: is it desirable, at all
     "chosen_logps",
     "rejected_logps",
     "unclamped",
@@ -98,6 +102,16 @@ def write_coefficients(
     return tl.sum(active, 0)
 
 
+@triton.jit
+def number_of(flags_ptr, n, BLOCK: tl.constexpr):
+    """How many of n flags are set."""
+    total = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, n, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        total += tl.where(tl.load(flags_ptr + at, at < n, other=0) != 0, 1.0, 0.0)
+    return tl.sum(total, 0)
+
+
 @triton.jit(do_not_specialize=["rows_per_sequence"])
 def humanline_sequence_loss(
     logps_ptr,
@@ -106,6 +120,7 @@ def humanline_sequence_loss(
     cu_seqlens_ptr,
     desirable_ptr,
     z0_ptr,
+    tokens_ptr,
     g_ptr,
     report_ptr,
     rows_per_sequence,
@@ -139,7 +154,9 @@ def humanline_sequence_loss(
         if KIND == "simpo":
             w /= w_per
             l /= l_per
-        wins = tl.where(w > l, 1.0, 0.0)
+        wins = tl.where(w > l, 1.0, 0.0) / units
+        w_share = units.to(tl.float32)
+        l_share = w_share
         active = write_coefficients(
             g_ptr,
             logps_ptr,
@@ -157,6 +174,8 @@ def humanline_sequence_loss(
         z0 = tl.load(z0_ptr).to(tl.float32)
         loss, by_w = single_loss(w, z0, desirable, beta, p, q, KIND)
         wins = tl.where(desirable, 1.0, 0.0)
+        w_share = number_of(desirable_ptr, units, BLOCK)
+        l_share = units - w_share
         l = tl.where(desirable, 0.0, w)
         l_logps = tl.where(desirable, 0.0, w_logps)
         w = tl.where(desirable, w, 0.0)
@@ -174,22 +193,26 @@ def humanline_sequence_loss(
         log_eps_R,
         BLOCK,
     )
-    share = 1.0 / units if PAIRED else 1.0
+    chosen = beta * w / w_share
+    rejected = beta * l / l_share
+    tokens = tl.maximum(tl.load(tokens_ptr), 1).to(tl.float32)
     report_ptr += unit
     tl.store(report_ptr, loss / units)
-    tl.store(report_ptr + units, share * beta * w)
-    tl.store(report_ptr + 2 * units, share * beta * l)
-    tl.store(report_ptr + 3 * units, share * wins)
-    tl.store(report_ptr + 4 * units, share * w_logps)
-    tl.store(report_ptr + 5 * units, share * l_logps)
-    tl.store(report_ptr + 6 * units, unclamped)
-    tl.store(report_ptr + 7 * units, active)
+    tl.store(report_ptr + units, chosen)
+    tl.store(report_ptr + 2 * units, rejected)
+    tl.store(report_ptr + 3 * units, chosen - rejected)
+    tl.store(report_ptr + 4 * units, wins)
+    tl.store(report_ptr + 5 * units, w_logps / w_share)
+    tl.store(report_ptr + 6 * units, l_logps / l_share)
+    tl.store(report_ptr + 7 * units, unclamped / tokens)
+    tl.store(report_ptr + 8 * units, active)
 
 
 def sequence_loss(
     logps: Tensor,
     ref_logps: Tensor | None,
     mask: Tensor,
+    tokens: Tensor,
     *,
     kind: str,
     num_sequences: int,
@@ -208,6 +231,7 @@ def sequence_loss(
         logps: float32 ``[N]``.
         ref_logps: the same, or None for 0; computed with in float32 whatever its dtype.
         mask: completion rows, bool ``[N]``.
+        tokens: their number, an integer scalar on the device.
         kind: one of ``KINDS``.
         num_sequences: of pairs, the chosen come in the first half. Unless packed, all are of the
             same number of rows.
@@ -217,11 +241,11 @@ def sequence_loss(
         z0: the reference point, a scalar; of "kto".
 
     Returns:
-        ``∂loss/∂logp [N]`` and what REPORT names, ``[8]``; float32.
+        ``∂loss/∂logp [N]`` and what REPORT names, ``[9]``; float32.
     """
     paired = kind in PAIR_KINDS
     units = num_sequences // 2 if paired else num_sequences
-    g = torch.zeros_like(logps)
+    g = torch.empty_like(logps) if units else torch.zeros_like(logps)
     report = logps.new_empty(len(REPORT), units)
     if units:
         with torch.cuda.device_of(logps):
@@ -232,6 +256,7 @@ def sequence_loss(
                 cu_seqlens,
                 dense(desirable),
                 z0,
+                tokens,
                 g,
                 report,
                 logps.numel() // num_sequences,
@@ -247,4 +272,8 @@ def sequence_loss(
                 BLOCK=1024,
                 num_warps=4,
             )
+    else:  # means over nothing
+        report = logps.new_full((len(REPORT), 1), math.nan)
+        for name in ("loss", "unclamped", "active_rows"):
+            report[REPORT.index(name)] = 0.0
     return g, report.sum(1)

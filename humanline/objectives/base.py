@@ -342,9 +342,14 @@ class TokenObjective(Objective):
     ) -> dict[str, Any] | None:
         """Arguments of ``kernels.token_loss`` if this very loss exists as a device function.
 
-        Without one an objective takes two launches from logits on a GPU instead of one.
+        Without one an objective takes two launches from logits on a GPU instead of one, and small
+        ones for its coefficients and statistics.
         """
         return None
+
+    def token_stats_of(self, report: dict[str, Tensor]) -> dict[str, Tensor]:
+        """:meth:`stats` from what ``kernels.token_stats`` reports."""
+        raise NotImplementedError(f"{type(self).__name__} does not define token_stats_of()")
 
     def loss(self, rows: Rows, **batch: Any) -> Tensor:
         shares = self.token_loss(rows, **batch)

@@ -269,7 +269,7 @@ def reported_pair_stats(report: dict[str, Tensor]) -> dict[str, Tensor]:
         "rewards/chosen": report["chosen"],
         "rewards/rejected": report["rejected"],
         "rewards/accuracies": report["wins"],
-        "rewards/margins": report["chosen"] - report["rejected"],
+        "rewards/margins": report["margins"],
         "logps/chosen": report["chosen_logps"],
         "logps/rejected": report["rejected_logps"],
     }

@@ -106,15 +106,20 @@ class PolicyObjective(TokenObjective):
             "advantages": advantages,
             "anchor": old_logps,
             "ref": ref_logps if self.beta != 0 else None,
-            "entropy_weight": (
-                -self.entropy_coef / layout.tokens.clamp(min=1) if self.needs_entropy else None
-            ),
+            "entropy_weight": layout.over_tokens(-self.entropy_coef)
+            if self.needs_entropy
+            else None,
             "log_eps_P": log_eps_P,
             "log_eps_R": log_eps_R,
             "low": self.epsilon,
             "high": self.upper_epsilon,
             "beta": self.beta,
         }
+
+    def reported_means(self, report: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Statistics of what this objective adds to the surrogate, see ``token_stats_of``."""
+        stats = {"kl": report["kl"]} if self.beta != 0 else {}
+        return stats | ({"entropy": report["entropy"]} if self.needs_entropy else {})
 
     def minus_entropy_bonus(self, rows: Rows) -> Tensor | float:
         """Each row's share of ``−entropy_coef · mean entropy``, the mean over completion tokens."""
@@ -242,11 +247,11 @@ class GRPO(PolicyObjective):
         if common is None or type(self) is not GRPO:  # a subclass may define another loss
             return None
         penalty = "k3·ratio" if self.use_bias_correction_kl else "k3"
-        rows, one = Rows.blank(layout), torch.ones_like(advantages)
+        rows = Rows.blank(layout)
         return common | {
             "kind": self.loss_type if self.loss_type in ("cispo", "sapo") else "clipped",
             "penalty": penalty if self.beta != 0 else None,
-            "weight": SHARES[self.loss_type](rows, one, self, num_items_in_batch),
+            "weight": rows.weights(SHARES[self.loss_type](rows, 1.0, self, num_items_in_batch)),
             "delta": self.delta,
             "temperature_pos": self.sapo_temperature_pos,
             "temperature_neg": self.sapo_temperature_neg,
@@ -318,6 +323,14 @@ class GRPO(PolicyObjective):
             stats |= clip_stats(rows, ratio, advantages, self.epsilon, self.upper_epsilon, level)
         return stats
 
+    def token_stats_of(self, report: dict[str, Tensor]) -> dict[str, Tensor]:
+        stats = self.reported_means(report)
+        if self.loss_type == "cispo":
+            stats["cispo_clip_ratio"] = report["too_high"]
+        elif self.loss_type != "sapo":
+            stats |= reported_clip_stats(report)
+        return stats
+
 
 def _choose(condition: Tensor, yes: float, no: float, dtype: torch.dtype) -> Tensor:
     """``torch.where`` of two numbers, which by itself would round them to float32."""
@@ -349,6 +362,17 @@ def clip_stats(
         "clip_ratio/high_mean": share_of(rows, too_high, level),
         "clip_ratio/high_max": torch.cat([highs, highs.new_zeros(1)]).amax(),
         "clip_ratio/region_mean": share_of(rows, too_low | too_high, level),
+    }
+
+
+def reported_clip_stats(report: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same from what ``kernels.token_stats`` reports."""
+    return {
+        "clip_ratio/low_mean": report["too_low"],
+        "clip_ratio/low_min": report["too_low_min"],
+        "clip_ratio/high_mean": report["too_high"],
+        "clip_ratio/high_max": report["too_high_max"],
+        "clip_ratio/region_mean": report["clipped"],
     }
 
 

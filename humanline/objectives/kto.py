@@ -139,16 +139,13 @@ class KTO(Objective):
     def stats_of(
         self, report: dict[str, Tensor], desirable: Tensor, z0: float | Tensor
     ) -> dict[str, Tensor]:
-        wanted = report["wins"]
-        unwanted = len(desirable) - wanted
-        chosen, rejected = report["chosen"] / wanted, report["rejected"] / unwanted
         return {
-            "rewards/chosen": chosen,
-            "rewards/rejected": rejected,
-            "rewards/margins": chosen - rejected,
-            "logps/chosen": report["chosen_logps"] / wanted,
-            "logps/rejected": report["rejected_logps"] / unwanted,
-            "kl": torch.as_tensor(z0, dtype=chosen.dtype, device=chosen.device),
+            "rewards/chosen": report["chosen"],
+            "rewards/rejected": report["rejected"],
+            "rewards/margins": report["margins"],
+            "logps/chosen": report["chosen_logps"],
+            "logps/rejected": report["rejected_logps"],
+            "kl": torch.as_tensor(z0, dtype=torch.float32, device=desirable.device),
         }
 
     def loss(self, rows: Rows, desirable: Tensor, z0: float | Tensor) -> Tensor:

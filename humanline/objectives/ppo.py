@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from humanline.objectives.grpo import (
@@ -12,6 +11,7 @@ from humanline.objectives.grpo import (
     clip_stats,
     clipped_surrogate,
     k3,
+    reported_clip_stats,
 )
 from humanline.rows import Layout, Rows
 
@@ -51,10 +51,11 @@ class PPO(PolicyObjective):
         common = self.common_kernel_arguments(layout, ref_logps, advantages, old_logps)
         if common is None or type(self) is not PPO:  # a subclass may define another loss
             return None
+        rows = Rows.blank(layout)
         return common | {
             "kind": "clipped",
             "penalty": self.kl_estimator if self.beta != 0 else None,
-            "weight": Rows.blank(layout).token_mean(torch.ones_like(advantages)),
+            "weight": rows.weights(rows.token_mean(1.0)),
         }
 
     def token_loss(self, rows: Rows, advantages, old_logps) -> Tensor:
@@ -72,3 +73,6 @@ class PPO(PolicyObjective):
         if rows.entropy is not None:
             stats["entropy"] = rows.token_mean(rows.entropy).sum()
         return stats
+
+    def token_stats_of(self, report: dict[str, Tensor]) -> dict[str, Tensor]:
+        return reported_clip_stats(report) | self.reported_means(report)

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from humanline.objectives.base import TokenObjective, as_count
@@ -35,18 +34,18 @@ class SFT(TokenObjective):
     ) -> dict[str, Any] | None:
         if type(self) is not SFT:  # a subclass may define another loss
             return None
-        weight = torch.where(layout.mask, 1.0, 0.0)
-        return {
-            "kind": "nll",
-            "weight": self._share(Rows.blank(layout), weight, num_items_in_batch),
-        }
+        rows = Rows.blank(layout)
+        return {"kind": "nll", "weight": rows.weights(self._share(rows, 1.0, num_items_in_batch))}
 
     def token_loss(self, rows: Rows, num_items_in_batch) -> Tensor:
         return self._share(rows, -rows.logps, num_items_in_batch)
 
     @staticmethod
-    def _share(rows: Rows, loss: Tensor, num_items: int | Tensor | None) -> Tensor:
+    def _share(rows: Rows, loss: Tensor | float, num_items: int | Tensor | None) -> Tensor | float:
         return rows.token_mean(loss) if num_items is None else loss / num_items
 
     def stats(self, rows: Rows, num_items_in_batch) -> dict[str, Tensor]:
         return {"logps/mean": rows.token_mean(rows.logps).sum()}
+
+    def token_stats_of(self, report: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"logps/mean": report["logps"]}

@@ -19,7 +19,9 @@ def multiply(x: Tensor, factor: Tensor, out: Tensor) -> Tensor:
     if factor.device.type == "cpu" and factor.dim() == 0 and out.dtype == x.dtype:
         return torch.mul(x, factor, out=out)
     factor = factor.reshape(-1, *[1] * (x.dim() - 1)).expand(len(x), *x.shape[1:])
-    rows = len(x) if x.is_cuda else max(1, _FLOATS // max(1, math.prod(x.shape[1:])))
+    rows = len(x)
+    if checks.free_to_read(x):
+        rows = max(1, _FLOATS // max(1, math.prod(x.shape[1:])))
     for start in range(0, len(x), rows):
         some = slice(start, start + rows)
         torch.mul(x[some], factor[some], out=out[some])

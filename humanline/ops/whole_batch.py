@@ -1,10 +1,12 @@
 """From the log-probs of a whole batch to its loss and coefficients: the seam, or one launch.
 
 On a GPU a sequence-level objective that exists as a device function takes one small kernel, where
-the seam's torch and autograd on ``[N]`` floats take some fifty.
+the seam's torch and autograd on ``[N]`` floats take some fifty; the statistics of a token-level one
+take two.
 """
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,6 +37,7 @@ def evaluate(problem: Problem, logps: Tensor, entropy: Tensor | None, backend: s
         logps.detach(),
         problem.ref_logps if objective.needs_reference else None,
         layout.mask,
+        layout.tokens,
         layout.num_sequences,
         layout.cu_seqlens,
         log_eps_P=log_eps_P,
@@ -44,7 +47,37 @@ def evaluate(problem: Problem, logps: Tensor, entropy: Tensor | None, backend: s
     named = dict(zip(REPORT, report.unbind(), strict=True))
     stats = objective.stats_of(named, **problem.batch)
     if objective.needs_reference:
-        stats["humanline/unclamped"] = named["unclamped"] / layout.tokens.clamp(min=1)
+        stats["humanline/unclamped"] = named["unclamped"]
+    stats["humanline/active_rows"] = named["active_rows"].long()
+    return Evaluation(named["loss"], Coefficients(g, None), stats=stats)
+
+
+def token_evaluation(
+    problem: Problem,
+    arguments: dict[str, Any],
+    logps: Tensor,
+    entropy: Tensor | None,
+    loss: Tensor,
+    g: Tensor,
+) -> Evaluation:
+    """Of a token-level objective whose coefficients a kernel has found: its loss and statistics.
+
+    Args:
+        arguments: of the objective's device function.
+        logps, entropy, loss, g: float32 ``[N]`` of all rows.
+    """
+    from humanline.kernels.token_stats import REPORT
+
+    objective, layout = problem.objective, problem.layout
+    report = _token_stats(
+        *(logps, entropy, loss, g),
+        *(layout.mask, layout.tokens, layout.num_sequences, layout.cu_seqlens),
+        **{k: x for k, x in arguments.items() if k in _OF_STATS},
+    )
+    named = dict(zip(REPORT, report.unbind(), strict=True))
+    stats = objective.token_stats_of(named)
+    if objective.needs_reference:
+        stats["humanline/unclamped"] = named["unclamped"]
     stats["humanline/active_rows"] = named["active_rows"].long()
     return Evaluation(named["loss"], Coefficients(g, None), stats=stats)
 
@@ -54,6 +87,7 @@ def _sequence_loss(
     logps: Tensor,
     ref_logps: Tensor | None,
     mask: Tensor,
+    tokens: Tensor,
     num_sequences: int,
     cu_seqlens: Tensor | None,
     kind: str,
@@ -76,3 +110,44 @@ def _(logps, *_, **__):
     from humanline.kernels.sequence_loss import REPORT
 
     return torch.empty_like(logps), logps.new_empty(len(REPORT))
+
+
+@torch.library.custom_op("humanline::token_stats", mutates_args=())
+def _token_stats(
+    logps: Tensor,
+    entropy: Tensor | None,
+    loss: Tensor,
+    g: Tensor,
+    mask: Tensor,
+    tokens: Tensor,
+    num_sequences: int,
+    cu_seqlens: Tensor | None,
+    kind: str,
+    advantages: Tensor | None = None,
+    anchor: Tensor | None = None,
+    ref: Tensor | None = None,
+    entropy_weight: Tensor | None = None,
+    penalty: str | None = None,
+    log_eps_P: float = 0.0,
+    log_eps_R: float = 0.0,
+    low: float = 0.0,
+    high: float = 0.0,
+    delta: float | None = None,
+) -> Tensor:
+    arguments = dict(locals())
+    from humanline.kernels import token_stats as kernel
+
+    return kernel.token_stats(**arguments)
+
+
+@_token_stats.register_fake
+def _(logps, *_, **__):
+    from humanline.kernels.token_stats import REPORT
+
+    return logps.new_empty(len(REPORT))
+
+
+# What of a token's loss its statistics depend on, beside the loss itself.
+_OF_STATS = {"kind", "advantages", "anchor", "ref", "entropy_weight", "penalty", "delta"} | {
+    *("log_eps_P", "log_eps_R", "low", "high")
+}

@@ -16,6 +16,7 @@ from humanline import checks
 from humanline.dtypes import compute_dtype
 from humanline.ops.hidden.gemms import form_logits
 from humanline.ops.hidden.head import Head
+from humanline.ops.logits.blocks import indices
 from humanline.ops.softmax import SoftmaxBlock, front_order, to_front_
 from humanline.ops.temperature import divide_by_temperature
 
@@ -39,7 +40,7 @@ class TorchBlock:
         self, memory, hidden, weight, labels, head: Head, index, with_entropy: bool, observe=None
     ):
         self.hidden, self.index, self._head = hidden[index], index, head
-        z = form_logits(self.hidden, weight, memory[: len(index)])
+        z = form_logits(self.hidden, weight, memory[: len(self.hidden)])
         if head.bias is not None:
             z += head.bias
         if head.logit_scale != 1:
@@ -51,7 +52,7 @@ class TorchBlock:
             z *= head.logit_softcap
         divide_by_temperature(z, head.temperature, index)
         if observe is not None:
-            observe(index, z)
+            observe(indices(index, labels), z)
         self._softmax = SoftmaxBlock(z, labels[index].long(), with_entropy)
         self.logps, self.entropy = self._softmax.logps, self._softmax.entropy
 
@@ -96,7 +97,7 @@ class TritonBlock:
         self.hidden, self.index, self._kept = hidden[index], index, None
         self._dz = memory.view(weight.dtype)[:, :vocab]  # over the logits it is made of
         self._rows = HeadRows(
-            form_logits(self.hidden, weight, memory[: len(index), :vocab]),
+            form_logits(self.hidden, weight, memory[: len(self.hidden), :vocab]),
             labels[index],
             temperature[index] if temperature.dim() else temperature,
             head.bias,
@@ -162,14 +163,16 @@ def comfortable_rows(fitting: int, on_cpu: bool) -> int:
 @dataclass(frozen=True)
 class StackSizes:
     """Rows of a block, whose logits are formed together; and of the stack, in which those with a
-    gradient wait to be multiplied together (stacked.py)."""
+    gradient wait to be multiplied together (stacked.py): where it is one block alone, it may lie
+    over that block's logits."""
 
     block: int
     stack: int
+    over_logits: bool = False
 
 
-def stack_sizes(rows: int, weight: Tensor, trains: bool, workspace_bytes: int) -> StackSizes | None:
-    """What a GPU holds of so many rows; None where not even a row fits.
+def stack_sizes(rows: int, weight: Tensor, trains: bool, workspace_bytes: int) -> StackSizes:
+    """What a GPU holds of so many rows.
 
     A product over some rows reads and writes the float32 sum for the weight, 4·V·H bytes: what an
     H100 multiplies over some 1,000 rows in the same time. So the gradient of all rows is kept, in
@@ -179,16 +182,26 @@ def stack_sizes(rows: int, weight: Tensor, trains: bool, workspace_bytes: int) -
 
     Where the sum is the result (float32), or there is none (a frozen head), blocks and stack share
     the workspace; so they do where it holds more rows than that. The stack takes as much of it as
-    four blocks' gradients, if a block still has the rows that make it worth reading the weight.
+    four blocks' gradients, if a block still has the rows that make it worth reading the weight. If
+    the logits of all rows fit, their gradient takes their place.
     """
     length, width = padded_length(weight), weight.shape[1]
+    whole = whole_blocks(weight, workspace_bytes)
+    if rows <= whole.block:
+        return StackSizes(rows, rows, over_logits=True)
     shared = _sharing(length, weight.element_size(), workspace_bytes)
     if trains and weight.element_size() < torch.float32.itemsize:
         kept = rows if rows <= 2 * width else width
-        block = whole_tiles(workspace_bytes // (length * torch.float32.itemsize))
+        block = whole_tiles(whole.block)
         if block and (shared is None or kept > shared.stack or kept == rows):
             return StackSizes(block, kept)
-    return shared
+    return shared or whole
+
+
+def whole_blocks(weight: Tensor, workspace_bytes: int) -> StackSizes:
+    """Blocks of all the rows whose logits fit, each multiplied by itself."""
+    rows = workspace_bytes // (padded_length(weight) * torch.float32.itemsize)
+    return StackSizes(rows, rows, over_logits=True)
 
 
 def _sharing(length: int, itemsize: int, workspace_bytes: int) -> StackSizes | None:
@@ -203,22 +216,26 @@ def whole_tiles(rows: int) -> int:
     return rows // TILE_ROWS * TILE_ROWS or rows
 
 
+def rows_of(index: Tensor | slice) -> int:
+    return index.stop - index.start if isinstance(index, slice) else len(index)
+
+
 def head_blocks(
     kind: type[Block],
     hidden: Tensor,
     weight: Tensor,
     head: Head,
     labels: Tensor,
-    blocks: list[Tensor],
+    blocks: list[Tensor | slice],
     with_entropy: bool,
     observe: Observer | None = None,
 ) -> Iterator[Block]:
-    """Blocks of rows, given by their indices.
+    """Blocks of rows, given by their indices, or as runs of rows (which ``keep`` does not take).
 
     One workspace serves all blocks: a block ends where the next begins. Only the torch backend has
     logits to ``observe``.
     """
     extra = () if observe is None else (observe,)
-    memory = kind.memory(weight, max(map(len, blocks), default=0))
+    memory = kind.memory(weight, max(map(rows_of, blocks), default=0))
     for index in blocks:
         yield kind(memory, hidden, weight, labels, head, index, with_entropy, *extra)

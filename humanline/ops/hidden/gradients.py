@@ -1,4 +1,4 @@
-"""From the gradient of logits to those of hidden states, weight and bias, while blocks come along."""
+"""From the gradient of logits to those of hidden states, weight and bias, block by block."""
 
 import torch
 from torch import Tensor

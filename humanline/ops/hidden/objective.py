@@ -61,7 +61,7 @@ def linear_objective(
             plan = stacked.plan(problem, weight, head_trains, workspace_bytes)
         if plan is not None:
             return stacked.stacked_objective(problem, *rows, *flat, plan)
-        if backend == "torch" or head_trains or with_entropy:
+        if backend == "torch" or with_entropy:  # else it takes a second pass over the logits
             comfortable = comfortable_rows(fitting, backend == "torch")
             blocks = blocks_with_gradient(problem, problem.layout.mask, fitting, comfortable)
     if blocks is not None:

@@ -17,6 +17,14 @@ def split_rows(wanted: Tensor, rows: int) -> list[Tensor]:
     return [index for index in wanted.nonzero().squeeze(1).split(rows) if len(index)]
 
 
+def split_runs(wanted: Tensor, rows: int) -> list[Tensor] | list[slice]:
+    """The same; where all rows are wanted, as runs of them, for which nothing is gathered."""
+    blocks = split_rows(wanted, rows)
+    if sum(map(len, blocks)) < len(wanted):
+        return blocks
+    return [slice(i, min(i + rows, len(wanted))) for i in range(0, len(wanted), rows)]
+
+
 def blocks_with_gradient(
     problem: Problem, wanted: Tensor, fitting: int, comfortable: int
 ) -> list[Tensor] | None:
@@ -33,20 +41,28 @@ def blocks_with_gradient(
         return split_rows(wanted, comfortable)
     if len(wanted) <= fitting:
         return split_rows(wanted, fitting)
-    found = groups_of_rows(problem, wanted)
-    if found is None or max(found[1]) > fitting:
+    if problem.coupling == "batch":
         return None
-    order, sizes = found
+    rows, lengths = labelled_rows(problem)
+    order, sizes = groups(problem, rows, lengths)
+    if max(sizes) > fitting:
+        return None
     return list(order.split(list(_packed(sizes, comfortable))))
 
 
-def groups_of_rows(problem: Problem, wanted: Tensor) -> tuple[Tensor, list[int]] | None:
-    """The rows where ``wanted [N]`` holds, those that depend on one another side by side, and how
-    many these are each time. Reads the lengths of all sequences. None if all rows do."""
-    if problem.coupling == "batch":
-        return None
+def labelled_rows(problem: Problem) -> tuple[Tensor, list[int] | None]:
+    """Indices of the labelled rows; how many each sequence has, where groups of rows hang together.
+    One read."""
+    mask = problem.layout.mask
+    if problem.coupling in ("token", "batch"):
+        return mask.nonzero().squeeze(1), None
     lengths = problem.layout.lengths.tolist()  # with that the number of rows is known, too
-    rows = torch.nonzero_static(wanted, size=sum(lengths)).squeeze(1)
+    return torch.nonzero_static(mask, size=sum(lengths)).squeeze(1), lengths
+
+
+def groups(problem: Problem, rows: Tensor, lengths: list[int]) -> tuple[Tensor, list[int]]:
+    """The labelled rows with those that depend on one another side by side, and how many these are
+    in turn."""
     if problem.coupling != "pair":
         return rows, lengths
     half = len(lengths) // 2

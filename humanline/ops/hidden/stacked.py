@@ -19,7 +19,13 @@ import torch
 from torch import Tensor
 
 from humanline import autograd
-from humanline.ops.hidden.blocks import StackSizes, TritonBlock, padded_length, stack_sizes
+from humanline.ops.hidden.blocks import (
+    StackSizes,
+    TritonBlock,
+    padded_length,
+    stack_sizes,
+    whole_blocks,
+)
 from humanline.ops.hidden.gemms import (
     form_logits,
     hidden_gradient,
@@ -29,11 +35,12 @@ from humanline.ops.hidden.gemms import (
 )
 from humanline.ops.hidden.gradients import BlockGradients
 from humanline.ops.hidden.head import Head
-from humanline.ops.hidden.schedule import groups_of_rows
+from humanline.ops.hidden.schedule import groups, labelled_rows
 from humanline.ops.scaling import scaled_gradient
 from humanline.ops.softmax import front_order
 from humanline.ops.whole_batch import evaluate as evaluate_batch
-from humanline.seam import Coefficients, Evaluation, Problem
+from humanline.ops.whole_batch import token_evaluation
+from humanline.seam import Evaluation, Problem
 
 
 @dataclass(frozen=True)
@@ -74,18 +81,25 @@ def plan(problem: Problem, weight: Tensor, trains: bool, workspace_bytes: int) -
     arguments = problem.kernel_arguments() if problem.coupling == "token" else None
     if problem.objective.needs_entropy and arguments is None:
         return None
-    wanted, groups = problem.layout.mask, None
-    rows = wanted.nonzero().squeeze(1)
-    sizes = stack_sizes(len(rows), weight, trains, workspace_bytes)
-    if sizes is None:
+    rows, lengths = labelled_rows(problem)
+    n, hangs_together = len(rows), None
+    sizes = stack_sizes(n, weight, trains, workspace_bytes)
+    if n > sizes.stack and problem.coupling == "batch":
         return None
-    if len(rows) > sizes.stack and problem.coupling != "token":
-        found = groups_of_rows(problem, wanted)
-        if found is None or max(found[1]) > sizes.stack:
+    if n > sizes.stack and lengths is not None:
+        rows, hangs_together = groups(problem, rows, lengths)
+        sizes = next(
+            (
+                s
+                for s in (sizes, whole_blocks(weight, workspace_bytes))
+                if max(hangs_together) <= s.stack
+            ),
+            None,
+        )
+        if sizes is None:
             return None
-        rows, groups = found
-    n, in_order = len(rows), len(rows) == len(wanted) and groups is None
-    return Plan(None if in_order else rows, n, groups, sizes, arguments)
+    in_order = n == len(problem.layout.mask) and hangs_together is None
+    return Plan(None if in_order else rows, n, hangs_together, sizes, arguments)
 
 
 def stacked_objective(
@@ -106,8 +120,8 @@ class Stack:
         waiting: how many there are, the first rows of ``dz [capacity, V]``.
     """
 
-    def __init__(self, weight: Tensor, capacity: int):
-        self._dz = weight.new_empty(capacity, padded_length(weight))[:, : len(weight)]
+    def __init__(self, memory: Tensor):
+        self._dz = memory
         self._kept: list[tuple[Tensor | slice, Tensor]] = []
         self.waiting = 0
 
@@ -152,15 +166,16 @@ class _Stacked(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, labels, head, problem, plan):
         some = _Rows(hidden, weight, labels, head, problem, plan)
         need = ctx.needs_input_grad[:3]
-        stack = Stack(weight, min(plan.n, plan.sizes.stack))
+        stack = Stack(some.memory_of_stack())
         sums, start = None, 0
         while start < plan.n:
             end = plan.end(start, stack.room)
             # Little room is left to rows of which any may go: not worth a read.
-            if end == start or (stack.waiting and end - start < min(plan.n - start, stack.waiting)):
+            cramped = end - start < min(plan.n - start, stack.waiting)
+            if start and (end == start or cramped or plan.sizes.over_logits):
                 sums = sums or BlockGradients(hidden, weight, bias, labels, *need)
                 some.multiply(stack, sums)
-                continue
+                end = plan.end(start, stack.room)
             some.through_the_head(start, end, stack)
             stack.settle(start, some.scale(start, end))
             start = end
@@ -173,8 +188,7 @@ class _Stacked(torch.autograd.Function):
             ctx.save_for_backward(dz, scale, hidden, weight, bias, labels)
         else:
             sums = sums or BlockGradients(hidden, weight, bias, labels, *need)
-            if stack.waiting:
-                some.multiply(stack, sums)
+            some.multiply(stack, sums)
             of_head = sums.head
             ctx.at_once = False
             ctx.save_for_backward(sums.hidden, sums.scales, of_head.weight, of_head.bias)
@@ -222,7 +236,7 @@ def _indices(rows: Tensor | slice, like: Tensor) -> Tensor:
 
 
 class _Rows:
-    """The labelled rows in the plan's order: log-probs and coefficients as they come to be known."""
+    """The labelled rows in the plan's order: log-probs, coefficients as they come to be known."""
 
     def __init__(self, hidden, weight, labels, head: Head, problem: Problem, plan: Plan):
         self._hidden, self._weight, self._head = hidden, weight, head
@@ -242,6 +256,14 @@ class _Rows:
                 }
             )
         self._memory = TritonBlock.memory(weight, min(plan.sizes.block, plan.n))
+
+    def memory_of_stack(self) -> Tensor:
+        """``[capacity, V]`` in the weight's dtype, rows at multiples of 16 elements."""
+        weight, sizes = self._weight, self._plan.sizes
+        if sizes.over_logits:
+            return self._memory.view(weight.dtype)[:, : len(weight)]
+        rows = min(self._plan.n, sizes.stack)
+        return weight.new_empty(rows, padded_length(weight))[:, : len(weight)]
 
     def through_the_head(self, start: int, end: int, stack: Stack) -> None:
         """Log-probs of some rows, and the gradient of their logits to where it waits."""
@@ -288,6 +310,9 @@ class _Rows:
         return g[start:end] if rows is None else g[rows[start:end]]
 
     def multiply(self, stack: Stack, sums: BlockGradients) -> None:
+        """Empty the stack into the sums."""
+        if stack.waiting == 0:
+            return
         dz, kept, scale = stack.empty()
         sums.multiply(dz, scale, self.original(kept))
 
@@ -301,17 +326,14 @@ class _Rows:
             return self._whole or evaluate_batch(
                 self._problem, self._spread(self._logps, 0), self._entropy, "triton"
             )
-        problem, loss, n = self._problem, self._token_loss, self._plan.n
+        loss, n = self._token_loss, self._plan.n
         entropy = None if self._entropy is None else self._spread(self._entropy, n)
-        g_entropy = None
-        if entropy is not None:
-            weight = self._plan.arguments["entropy_weight"]
-            g_entropy = torch.where(problem.layout.mask, weight, 0)
-        return Evaluation(
-            loss.loss.sum(),
-            Coefficients(self._spread(loss.g, n), g_entropy),
-            problem.rows(self._spread(self._logps, n), entropy),
+        all_rows = (
+            self._spread(self._logps, n),
+            entropy,
+            *(self._spread(x, n) for x in (loss.loss, loss.g)),
         )
+        return token_evaluation(self._problem, self._plan.arguments, *all_rows)
 
     def _spread(self, x: Tensor, known: int) -> Tensor:
         """The first values, of all rows of the batch; 0 elsewhere."""

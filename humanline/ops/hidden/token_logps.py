@@ -27,7 +27,7 @@ from humanline.ops.hidden.blocks import (
 from humanline.ops.hidden.gemms import HeadGradients, hidden_gradient, write_hidden_gradient_
 from humanline.ops.hidden.gradients import split_scale
 from humanline.ops.hidden.head import WORKSPACE_BYTES, Head, check_hidden
-from humanline.ops.hidden.schedule import split_rows
+from humanline.ops.hidden.schedule import split_rows, split_runs
 from humanline.ops.scaling import scaled_gradient
 from humanline.rows import IGNORE_INDEX
 from humanline.seam import Coefficients
@@ -109,7 +109,7 @@ def linear_token_logps(
         head.for_rows(labels),
         return_entropy,
         observe,
-        comfortable_rows(rows, weight.device.type == "cpu"),
+        comfortable_rows(rows, backend == "torch"),
         kind,
         unit,
         capturable,
@@ -189,7 +189,7 @@ def _by_blocks(
     logps = hidden.new_zeros(len(labels), dtype=compute_dtype(weight.dtype))
     entropy = torch.zeros_like(logps) if ctx.with_entropy else None
     dh = torch.zeros_like(hidden) if ctx.unit else None
-    blocks = split_rows(wanted, ctx.rows)
+    blocks = split_runs(wanted, ctx.rows)
     for block in head_blocks(
         ctx.kind, hidden, weight, ctx.head, labels, blocks, ctx.with_entropy, observe
     ):
@@ -198,7 +198,7 @@ def _by_blocks(
             entropy[block.index] = block.entropy
         if ctx.unit:
             unit = hidden_gradient(block.gradient(), weight, labels, block.index)
-            dh[block.index] = unit.to(dh.dtype)
+            dh[block.index] = unit if isinstance(block.index, slice) else unit.to(dh.dtype)
     return logps, entropy, dh
 
 

@@ -18,8 +18,9 @@ from humanline.ops.logits.blocks import (
 from humanline.ops.scaling import multiply, scaled_gradient
 from humanline.ops.softmax import SoftmaxBlock
 from humanline.ops.temperature import divide_by_temperature, row_temperature
+from humanline.ops.whole_batch import token_evaluation
 from humanline.rows import IGNORE_INDEX
-from humanline.seam import Coefficients, Evaluation, Problem, evaluate
+from humanline.seam import Evaluation, Problem, evaluate
 
 
 def logits_objective(
@@ -122,11 +123,7 @@ class _LogitsObjective(torch.autograd.Function):
 def _in_triton(problem, logits, labels, temperature, arguments, out: Tensor) -> Evaluation:
     loss, g, logps, entropy = _token_loss(logits, labels, temperature, out, **arguments)
     entropy = entropy if problem.objective.needs_entropy else None
-    g_entropy = None
-    if entropy is not None:
-        g_entropy = torch.where(problem.layout.mask, arguments["entropy_weight"], 0)
-    rows = problem.rows(logps, entropy)
-    return Evaluation(loss.sum(), Coefficients(g, g_entropy), rows)
+    return token_evaluation(problem, arguments, logps, entropy, loss, g)
 
 
 @torch.library.custom_op("humanline::token_loss", mutates_args=("grad",))

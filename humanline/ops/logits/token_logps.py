@@ -147,12 +147,17 @@ def _setup_context(ctx, inputs, output):
     logits, labels, temperature, ctx.with_entropy, ctx.backend = inputs
     ctx.save_for_backward(logits, labels, temperature, *output)
     ctx.mark_non_differentiable(*output[2:])
-    ctx.set_materialize_grads(True)
+    ctx.set_materialize_grads(False)  # of a maximum and a sum, too, zeros would be written
 
 
 @autograd.backward
 def _backward(ctx, g, g_entropy, *_):
-    g_entropy = g_entropy if ctx.with_entropy else None
+    logps = ctx.saved_tensors[3]
+    g = torch.zeros_like(logps) if g is None else g
+    if ctx.with_entropy and g_entropy is None:
+        g_entropy = torch.zeros_like(logps)
+    elif not ctx.with_entropy:
+        g_entropy = None
     grad = _token_logps_backward(g, g_entropy, *ctx.saved_tensors, ctx.backend)
     return grad, None, None, None, None
 
