@@ -27,8 +27,19 @@ from .rows import (
 )
 from .token_epilogue import NO_TOKEN_LOSS, TokenLoss, write_token_loss
 
+# Values of some rows of a batch, wherever among all these start: loaded one by one, so that their
+# alignment is of no account and must not compile anew.
+_ROW_VALUES = [
+    f"{name}_ptr"
+    for name in (
+        *("labels", "temperature", "logps", "max", "sum", "entropy", "active", "kept"),
+        *("anchor", "ref", "advantages", "weight", "entropy_weight"),
+        *("loss", "g", "scale", "of_logp", "of_entropy"),
+    )
+]
 
-@triton.jit
+
+@triton.jit(do_not_specialize_on_alignment=_ROW_VALUES)
 def humanline_head_softmax(
     z_ptr,
     labels_ptr,
@@ -124,7 +135,7 @@ def humanline_head_softmax(
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=_ROW_VALUES)
 def humanline_head_gradient(
     dz_ptr,
     z_ptr,

@@ -34,8 +34,10 @@ launch = JITFunction.run
 JITFunction.run = lambda self, *a, grid, warmup, **k: launch(self, *a, grid=grid, warmup=True, **k)
 
 from humanline.kernels import (
-    head_rows, linear_logps, matmul, scale, sequence_loss, token_logps, token_loss
+    head_rows, linear_logps, matmul, move_rows, scale, sequence_loss, token_logps, token_loss,
+    token_stats
 )
+from humanline.kernels.token_epilogue import TokenLoss
 
 ROWS = (
     token_logps.humanline_token_logps,
@@ -45,6 +47,9 @@ ROWS = (
     sequence_loss.humanline_sequence_loss,
     head_rows.humanline_head_softmax,
     head_rows.humanline_head_gradient,
+    move_rows.humanline_move_rows,
+    token_stats.humanline_token_stats,
+    token_stats.humanline_token_stats_total,
 )
 GEMMS = (
     linear_logps.humanline_linear_logps,
@@ -67,29 +72,27 @@ def run_rows(batch, length, x, vocab, shifted=False, dtype=torch.float32):
     logps, _, m, s = token_logps.token_logps_forward(logits, labels, temperature, False)
     token_logps.token_logps_backward(row, None, logits, labels, temperature, logps, None, m, s)
     grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    token_loss.token_loss(
-        logits,
-        labels,
-        temperature,
-        grad,
-        kind="clipped",
-        penalty="k3",
-        weight=row,
-        advantages=row,
-        anchor=row,
-        ref=row,
-        log_eps_P=-x,
-        log_eps_R=x,
-        low=x,
-        high=2 * x,
-        delta=None if x == 1.0 else 4.0,
-        beta=x,
-    )
+    loss = {
+        "kind": "clipped",
+        "penalty": "k3",
+        "advantages": row,
+        "anchor": row,
+        "ref": row,
+        "log_eps_P": -x,
+        "log_eps_R": x,
+        "low": x,
+        "high": 2 * x,
+        "delta": None if x == 1.0 else 4.0,
+    }
+    token_loss.token_loss(logits, labels, temperature, grad, weight=row, beta=x, **loss)
+    mask, tokens = labels.view(-1) == 0, torch.tensor(len(row))
+    token_stats.token_stats(logps, None, logps, logps, mask, tokens, 2 * batch, None, **loss)
     scale.scale_(grad, torch.tensor(x))
     sequence_loss.sequence_loss(
         logps,
         row,
-        labels == 0,
+        mask,
+        tokens,
         kind="sigmoid",
         num_sequences=2 * batch,
         cu_seqlens=None,
@@ -100,8 +103,14 @@ def run_rows(batch, length, x, vocab, shifted=False, dtype=torch.float32):
     )
     z = torch.randn(batch * length, vocab)
     options = {"bias": z[0], "logit_scale": x, "logit_softcap": 10 * x}
-    block = head_rows.HeadRows(z, labels.view(-1), temperature, **options)
+    token = TokenLoss.of(weight=row, beta=x, **loss)
+    block = head_rows.HeadRows(z, labels.view(-1), temperature, token_loss=token, **options)
     block.gradient(z.bfloat16(), torch.arange(len(z)), row)
+    some = slice(batch, None)  # rows that begin anywhere
+    head_rows.HeadRows(
+        z[: len(z) - batch], labels.view(-1)[some], temperature, token_loss=token.rows(some), **options
+    )
+    move_rows.move_rows_(z, torch.arange(len(z)))
     return compiled(ROWS)
 
 
@@ -155,7 +164,7 @@ def compilations(what, vocab=0):
 
 @pytest.mark.parametrize("vocab", [4096, 50257])
 def test_lengths_and_hyperparameters_compile_nothing(vocab):
-    assert compilations("rows", vocab) == [[1] * 7] * 7
+    assert compilations("rows", vocab) == [[1] * 10] * 7
 
 
 def test_numbers_of_rows_and_head_options_compile_nothing():
@@ -165,4 +174,4 @@ def test_numbers_of_rows_and_head_options_compile_nothing():
 def test_row_values_in_float64_compile():
     """Such as log-probs of a reference computed elsewhere; the interpreter hides what the compiler
     makes of two dtypes in one sum."""
-    assert compilations("float64", 4096) == [[1] * 7, [1] * 5]
+    assert compilations("float64", 4096) == [[1] * 10, [1] * 5]

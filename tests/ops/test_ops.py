@@ -11,7 +11,7 @@ import humanline.ops.logits.token_logps
 from humanline.ops.backend import interpreting
 from humanline.ops.logits.objective import _scale_, _token_loss
 from humanline.ops.logits.token_logps import _token_logps, _token_logps_backward
-from humanline.ops.whole_batch import _sequence_loss
+from humanline.ops.whole_batch import _sequence_loss, _token_stats
 
 V, H = 13, 6
 
@@ -258,11 +258,23 @@ def test_opcheck_of_the_one_launch_op():
 def test_opcheck_of_the_loss_of_sequences(kind, packed):
     cu_seqlens = torch.tensor([0, 2, 2, 7, 12]) if packed else None
     row = torch.randn(12)
-    arguments = (row, row.double() + 0.1, row > -1, 4, cu_seqlens, kind, -0.5, 0.5, 0.1)
+    mask = row > -1
+    arguments = row, row.double() + 0.1, mask, mask.sum(), 4, cu_seqlens, kind, -0.5, 0.5, 0.1
     options = {"p": 0.1, "q": 0.9}
     if kind == "kto":
         options |= {"desirable": torch.arange(4) % 2 == 0, "z0": torch.tensor(0.1)}
     assert_passes_opcheck(_sequence_loss, arguments, options, test_utils=INSIDE_AUTOGRAD)
+
+
+@BY_KERNELS
+@pytest.mark.parametrize("packed", [False, True])
+def test_opcheck_of_the_statistics_of_tokens(packed):
+    cu_seqlens = torch.tensor([0, 2, 2, 7, 12]) if packed else None
+    row = torch.randn(12)
+    mask = row > -1
+    arguments = row, None, row, row, mask, mask.sum(), 4, cu_seqlens, "clipped"
+    options = {"advantages": row, "anchor": row + 0.1, "low": 0.2, "high": 0.2}
+    assert_passes_opcheck(_token_stats, arguments, options, test_utils=INSIDE_AUTOGRAD)
 
 
 @BY_KERNELS
