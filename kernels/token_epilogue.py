@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import dense
 from .policy_loss import KINDS, PENALTIES, policy_loss
 from .rows import row_value
 
@@ -122,7 +123,7 @@ class TokenLoss:
         temperature_pos: float = 1.0,
         temperature_neg: float = 1.0,
     ) -> "TokenLoss":
-        """From the arguments of ``kernels.token_loss``, all tensors of the rows contiguous."""
+        """From the arguments of ``kernels.token_loss``."""
         n, by_entropy = len(weight), entropy_weight is not None
 
         def row():
@@ -131,7 +132,8 @@ class TokenLoss:
         g = row()
         numbers = log_eps_P, log_eps_R, low, high, math.inf if delta is None else delta, beta
         return cls(
-            *(weight, advantages, anchor, ref, entropy_weight, row(), g),
+            *map(dense, (weight, advantages, anchor, ref)),
+            *(entropy_weight, row(), g),
             row() if by_entropy else g,
             row() if by_entropy else None,
             row() if by_entropy else None,

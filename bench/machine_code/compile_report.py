@@ -29,10 +29,12 @@ from humanline.kernels import (
     head_rows,
     linear_logps,
     matmul,
+    move_rows,
     scale,
     sequence_loss,
     token_logps,
     token_loss,
+    token_stats,
 )
 from humanline.kernels.launch import GemmConfig, gemm_config, row_config
 
@@ -44,7 +46,18 @@ TARGETS = {
 }
 TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 INTEGERS = {
-    *("V", "width", "H", "n", "rows", "rows_per_sequence", "chunks", "tiles_per_chunk", "group"),
+    *(
+        "V",
+        "width",
+        "H",
+        "n",
+        "rows",
+        "rows_per_sequence",
+        "chunks",
+        "tiles_per_chunk",
+        "group",
+        "stride",
+    ),
     *("row_stride", "rows_per_batch", "batch_stride_rows"),
     *("hidden_stride", "weight_stride", "dz_stride", "out_stride"),
 }
@@ -76,6 +89,12 @@ VARIANTS = {
     "block, softmax, all": (head_rows.humanline_head_softmax, {"SOFTCAP": True, "ENTROPY": True}),
     "block, dz": (head_rows.humanline_head_gradient, PLAIN),
     "block, dz, all": (head_rows.humanline_head_gradient, {"SOFTCAP": True, "ENTROPY": True}),
+    "block, softmax, loss": (
+        head_rows.humanline_head_softmax,
+        PLAIN | {"TOKEN_LOSS": True, "KIND": 0, "PENALTY": 3},
+    ),
+    "moved rows": (move_rows.humanline_move_rows, {"BLOCK": 4096}),
+    "statistics": (token_stats.humanline_token_stats, {"PENALTY": 3}),
     "scale": (scale.humanline_scale, {"BLOCK": 8192}),
     "pairs": (sequence_loss.humanline_sequence_loss, {"KIND": "sigmoid", "PAIRED": True}),
     "sequences": (sequence_loss.humanline_sequence_loss, {"KIND": "kto", "PAIRED": False}),
@@ -134,12 +153,12 @@ def compile_variant(name: str, target: str, vocab: int, dtype: str, aligned: boo
     config = row_config(vocab, TORCH_DTYPES["fp32" if ours else dtype], aligned or ours)
     warps = config.pop("num_warps")
     if "LANES" not in function.arg_names:
-        warps = 8 if name == "scale" else 4
+        warps = 8 if name in ("scale", "moved rows") else 4
     if TARGETS[target].backend == "hip":
         warps //= 2
     defaults = {"TEMPERATURE_PER_ROW": False, "ON_POLICY": False, **config}
     defaults |= {"PER_TOKEN": True, "PACKED": True, "BLOCK": 1024, "OF_LOGP": True}
-    defaults |= {"KEPT": True, "COUNT": True}
+    defaults |= {"KEPT": True, "ACTIVE": True, "TOKEN_LOSS": False, "KIND": 0, "PENALTY": 0}
     constants = {**{k: v for k, v in defaults.items() if k in function.arg_names}, **constants}
     types = {a: _type(a, dtype) for a in function.arg_names}
     odd = () if aligned else ("V",) if ours else INTEGERS
@@ -204,7 +223,9 @@ def _compile(name, target, function, constants: dict, types: dict, odd: Iterable
 def _type(argument: str, dtype: str) -> str:
     if argument in ("logits_ptr", "grad_ptr", "x_ptr", "dz_ptr", "hidden_ptr", "out_ptr"):
         return f"*{dtype}"
-    if argument in ("labels_ptr", "index_ptr", "kept_ptr", "first_ptr", "cu_seqlens_ptr"):
+    if argument in {
+        *("labels_ptr", "index_ptr", "kept_ptr", "order_ptr", "tokens_ptr", "cu_seqlens_ptr")
+    }:
         return "*i64"
     if argument == "count_ptr":
         return "*i32"

@@ -221,15 +221,16 @@ def count(
     return work
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--json", action="store_true", help="one record a line")
     parser.add_argument("--names", action="store_true", help="also every op and kernel")
-    arguments = parser.parse_args()
+    parser.add_argument("--only", choices=OBJECTIVES, help="one objective")
+    arguments = parser.parse_args(arguments)
     if not arguments.json:
         print(f"{ROWS:,} rows, V={V:,}, H={H:,} (scaled down), bf16, forward and backward\n")
         print(f"{'objective':22s}{'from':22s}{'torch':>7s}{'triton':>8s}{'GEMMs':>7s}{'reads':>7s}")
-    for name in OBJECTIVES:
+    for name in [arguments.only] if arguments.only else OBJECTIVES:
         for entry in ENTRIES:
             work = count(name, entry)
             if arguments.json:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from bench.cases import SEQUENCES, Case
 from humanline.ops import WORKSPACE_BYTES
-from humanline.ops.hidden.blocks import comfortable_rows, stacked_rows
+from humanline.ops.hidden.blocks import comfortable_rows, stack_sizes, whole_blocks
 from humanline.ops.logits.blocks import BLOCK_BYTES
 
 
@@ -273,15 +273,17 @@ class Blocks:
 
     Attributes:
         rows: of a block, whose logits are formed together.
-        waiting: of several blocks, whose gradient is multiplied together (ops/head_gradients.py);
+        waiting: of several blocks, whose gradient is multiplied together (ops/hidden/stacked.py);
             0 if each block's is by itself.
         again: whether logits are formed only for their gradient, once it is known; the log-probs
-            come from a first pass, see ops/linear_objective.py.
+            come from a first pass, see ops/hidden/objective.py.
+        once: whether all rows wait for one product each, so that there is no sum for the weight.
     """
 
     rows: float
     waiting: float = 0
     again: bool = False
+    once: bool = False
 
 
 def _fitting(t: Tail) -> int:
@@ -291,16 +293,27 @@ def _fitting(t: Tail) -> int:
 
 def _blocks(t: Tail) -> Blocks:
     """Those of an objective."""
+    return _blocks_in_torch(t) if t.is_cpu else _blocks_of_kernels(t)
+
+
+def _blocks_in_torch(t: Tail) -> Blocks:
     fitting = _fitting(t)
     if t.group and t.rows <= fitting:
         return Blocks(t.rows)
     if t.group > fitting:
         return _blocks_of_logps(t)
-    rows = comfortable_rows(fitting, t.is_cpu)
-    block, waiting = stacked_rows(int(t.vocab), t.b, t.workspace)
-    if t.is_cpu or not t.trained or t.rows <= rows or t.group > block:
-        return Blocks(min(t.rows, max(t.group, rows)))
-    return Blocks(block, waiting)
+    return Blocks(min(t.rows, max(t.group, comfortable_rows(fitting, True))))
+
+
+def _blocks_of_kernels(t: Tail) -> Blocks:
+    if t.group and not t.trained:
+        return _blocks_of_logps(t)
+    whole = whole_blocks(int(t.vocab), t.workspace)
+    sizes = stack_sizes(int(t.rows), int(t.vocab), t.case.hidden, t.b, t.trained, t.workspace)
+    if t.rows > sizes.stack and t.group > sizes.stack:
+        return Blocks(whole.block) if t.group <= whole.block else _blocks_of_logps(t)
+    waiting = 0 if sizes.over_logits else sizes.stack
+    return Blocks(sizes.block, waiting, once=t.rows <= sizes.stack)
 
 
 def _blocks_of_logps(t: Tail) -> Blocks:
@@ -341,15 +354,28 @@ def _ours_from_hidden(t: Tail, blocks: Blocks, share: float) -> Cost:
     """
     fused = blocks.again and not t.is_cpu  # into the GEMMs, which write no logits
     at_once = blocks.waiting or blocks.rows
-    of_hidden, of_weight = (t.product(t.b, w, at_once, share) for w in (t.b, 8))
+    of_hidden = t.product(t.b, t.b, at_once, share)
+    of_weight = t.product(t.b, t.b if blocks.once else 8, at_once, share)
     forward = t.product(0, t.b) if fused else t.product(4, t.b, blocks.rows)
-    summed = t.weight * 4 * (t.half and t.trained)
-    backward = t.gradients + summed + t.vocab * _bytes_a_column(t, blocks, share)
     return Cost(
         [forward] + [of_hidden] * (1 + blocks.again) + [of_weight] * t.trained,
         [] if fused else t.moved(4, (4 + t.b) * share),
-        max(backward, t.vocab * blocks.rows * 4 * (not fused)),
+        _peak(t, blocks, share, fused),
     )
+
+
+def _peak(t: Tail, blocks: Blocks, share: float, fused: bool) -> float:
+    """While blocks are formed, and while gradients are."""
+    logits = t.vocab * blocks.rows * 4 * (not fused)
+    waiting = t.vocab * blocks.waiting * t.b
+    if blocks.once:  # nothing but the gradient of logits outlives the forward
+        kept = waiting or logits
+        product = t.hidden * (4 * t.half + t.b)  # the gradient of hidden states, in float32 first
+        return max(logits + waiting, kept + product, kept + t.gradients)
+    summed = t.weight * 4 * (t.half and t.trained)
+    if blocks.waiting:
+        return max(t.hidden * t.b + summed + logits + waiting, t.gradients + summed)
+    return max(t.gradients + summed + t.vocab * _bytes_a_column(t, blocks, share), logits)
 
 
 def _bytes_a_column(t: Tail, blocks: Blocks, share: float) -> float:
@@ -358,4 +384,4 @@ def _bytes_a_column(t: Tail, blocks: Blocks, share: float) -> float:
     if blocks.again:  # blocks of their own, of rows with a gradient alone
         rows = min(blocks.rows, t.rows * share)
         return rows * (4 + t.b * copied if t.is_cpu else t.b)
-    return blocks.rows * (4 + t.b * share * copied) + blocks.waiting * t.b
+    return blocks.rows * (4 + t.b * share * copied)

@@ -108,7 +108,8 @@ def run_rows(batch, length, x, vocab, shifted=False, dtype=torch.float32):
     block.gradient(z.bfloat16(), torch.arange(len(z)), row)
     some = slice(batch, None)  # rows that begin anywhere
     head_rows.HeadRows(
-        z[: len(z) - batch], labels.view(-1)[some], temperature, token_loss=token.rows(some), **options
+        z[batch:].clone(), labels.view(-1)[some], temperature, token_loss=token.rows(some),
+        **options,
     )
     move_rows.move_rows_(z, torch.arange(len(z)))
     return compiled(ROWS)

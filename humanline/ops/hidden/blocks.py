@@ -171,8 +171,16 @@ class StackSizes:
     over_logits: bool = False
 
 
-def stack_sizes(rows: int, weight: Tensor, trains: bool, workspace_bytes: int) -> StackSizes:
+def stack_sizes(
+    rows: int, length: int, width: int, itemsize: int, trains: bool, workspace_bytes: int
+) -> StackSizes:
     """What a GPU holds of so many rows.
+
+    Args:
+        length: elements of a row of logits.
+        width: H.
+        itemsize: of the weight's elements, in bytes.
+        trains: whether the head does.
 
     A product over some rows reads and writes the float32 sum for the weight, 4·V·H bytes: what an
     H100 multiplies over some 1,000 rows in the same time. So the gradient of all rows is kept, in
@@ -185,12 +193,11 @@ def stack_sizes(rows: int, weight: Tensor, trains: bool, workspace_bytes: int) -
     four blocks' gradients, if a block still has the rows that make it worth reading the weight. If
     the logits of all rows fit, their gradient takes their place.
     """
-    length, width = padded_length(weight), weight.shape[1]
-    whole = whole_blocks(weight, workspace_bytes)
+    whole = whole_blocks(length, workspace_bytes)
     if rows <= whole.block:
         return StackSizes(rows, rows, over_logits=True)
-    shared = _sharing(length, weight.element_size(), workspace_bytes)
-    if trains and weight.element_size() < torch.float32.itemsize:
+    shared = _sharing(length, itemsize, workspace_bytes)
+    if trains and itemsize < torch.float32.itemsize:
         kept = rows if rows <= 2 * width else width
         block = whole_tiles(whole.block)
         if block and (shared is None or kept > shared.stack or kept == rows):
@@ -198,9 +205,9 @@ def stack_sizes(rows: int, weight: Tensor, trains: bool, workspace_bytes: int) -
     return shared or whole
 
 
-def whole_blocks(weight: Tensor, workspace_bytes: int) -> StackSizes:
+def whole_blocks(length: int, workspace_bytes: int) -> StackSizes:
     """Blocks of all the rows whose logits fit, each multiplied by itself."""
-    rows = workspace_bytes // (padded_length(weight) * torch.float32.itemsize)
+    rows = workspace_bytes // (length * torch.float32.itemsize)
     return StackSizes(rows, rows, over_logits=True)
 
 

@@ -83,7 +83,8 @@ def plan(problem: Problem, weight: Tensor, trains: bool, workspace_bytes: int) -
         return None
     rows, lengths = labelled_rows(problem)
     n, hangs_together = len(rows), None
-    sizes = stack_sizes(n, weight, trains, workspace_bytes)
+    length = padded_length(weight)
+    sizes = stack_sizes(n, length, weight.shape[1], weight.element_size(), trains, workspace_bytes)
     if n > sizes.stack and problem.coupling == "batch":
         return None
     if n > sizes.stack and lengths is not None:
@@ -91,7 +92,7 @@ def plan(problem: Problem, weight: Tensor, trains: bool, workspace_bytes: int) -
         sizes = next(
             (
                 s
-                for s in (sizes, whole_blocks(weight, workspace_bytes))
+                for s in (sizes, whole_blocks(length, workspace_bytes))
                 if max(hangs_together) <= s.stack
             ),
             None,

@@ -1,0 +1,74 @@
+"""How many launches a call takes beside its GEMMs, and how often the host waits for the device."""
+
+import os
+
+import pytest
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("needs kernels that take CPU tensors", allow_module_level=True)
+
+from bench.machine_code.launches import OBJECTIVES, ROWS, count, main
+
+TOKEN_LEVEL = ["GRPO", "GRPO, KL", "GRPO, entropy", "PPO", "SFT"]
+SEQUENCE_LEVEL = ["DPO", "KTO", "SimPO", "SLiC"]
+BY_TORCH = ["GSPO", "DPO, ProspectWeight"]  # coefficients and statistics have no kernel
+
+
+def test_every_objective_is_sorted_here():
+    assert {*TOKEN_LEVEL, *SEQUENCE_LEVEL, *BY_TORCH} == OBJECTIVES.keys()
+
+
+@pytest.mark.parametrize("name", TOKEN_LEVEL + SEQUENCE_LEVEL)
+def test_from_logits(name):
+    work = count(name, "logits")
+    assert 0 < work.beside_gemms <= 15 and work.gemms == work.reads == 0
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("name", TOKEN_LEVEL + SEQUENCE_LEVEL)
+def test_from_hidden_states(name, masked):
+    """Up to 2H rows: eleven blocks of 768, then one product for the hidden states and one for the
+    weight."""
+    work = count(name, "hidden", masked=masked)
+    assert work.beside_gemms <= (150 if name in TOKEN_LEVEL and name != "SFT" else 120)
+    assert work.gemms == 11 + 2 and work.reads <= 3
+    assert 2 * 11 < work.triton <= 2 * 11 + 2
+
+
+@pytest.mark.parametrize("name", TOKEN_LEVEL + SEQUENCE_LEVEL)
+def test_with_a_frozen_head(name):
+    work = count(name, "hidden, frozen head")
+    assert work.beside_gemms <= (150 if name in TOKEN_LEVEL and name != "SFT" else 120)
+    if name in TOKEN_LEVEL:  # rows wait in the workspace, which is emptied seven times
+        assert (work.gemms, work.reads) == (32 + 1 + 7, 1 + 7)
+    else:  # all rows are multiplied, block by block
+        assert (work.gemms, work.reads) == (2 * 11, 1)
+
+
+@pytest.mark.parametrize("name", BY_TORCH)
+def test_others_take_more_launches_but_no_more_products(name):
+    work = count(name, "hidden")
+    assert work.beside_gemms > 150 and work.gemms == 11 + 2 and work.reads <= 3
+
+
+@pytest.mark.parametrize("name", ["GRPO", "KTO"])
+def test_beyond_2H_rows_one_read_each_time_that_H_rows_wait(name):
+    """KTO's sequences are of 3,072 rows, of which one fits."""
+    rows = 3 * ROWS
+    work = count(name, "hidden", rows=rows)
+    times = 8 if name == "KTO" else rows // (ROWS // 2)
+    assert work.reads <= 3 + times
+    assert work.gemms == 2 * times + (times * 4 if name == "KTO" else 6 * 6)
+
+
+def test_pairs_that_do_not_fit_take_a_second_pass():
+    """By kernels that write no logits; the gradient's products are by blocks of 1,664 rows."""
+    work = count("DPO", "hidden", rows=3 * ROWS)
+    assert work.names["humanline_linear_logps"] == 1
+    assert work.names["humanline_linear_gradient"] == 15 and work.gemms == 2 * 15
+
+
+def test_the_table(capsys):
+    main(["--only", "SFT"])
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("SFT")]
+    assert len(lines) == 3 and all(len(line.split()) >= 6 for line in lines)
