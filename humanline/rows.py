@@ -26,7 +26,6 @@ class Layout:
         cu_seqlens: int64 ``[S+1]`` row offsets of packed sequences, or None when padded.
         sequence_of_row: index of each row's sequence, int64 ``[N]``, or None when padded.
         lengths: completion tokens of each sequence, int64 ``[S]``.
-        length_of_row: the same of each row's sequence, int64 ``[N]``.
         tokens: completion tokens of the batch, an int64 scalar.
     """
 
@@ -35,7 +34,6 @@ class Layout:
     cu_seqlens: Tensor | None
     sequence_of_row: Tensor | None
     lengths: Tensor
-    length_of_row: Tensor
     tokens: Tensor
 
     @classmethod
@@ -55,16 +53,21 @@ class Layout:
                 ),
             )
             sequence_of_row, lengths = None, flat.view(shape).sum(1)
-            length_of_row = lengths[:, None].expand(shape).reshape(-1)
         else:
             _check_cu_seqlens(mask, cu_seqlens)
             cu_seqlens = cu_seqlens.to(torch.int64)
             row = torch.arange(flat.numel(), device=flat.device)
             sequence_of_row = torch.searchsorted(cu_seqlens, row, right=True) - 1
             lengths = _SegmentSum.apply(flat.double(), cu_seqlens, sequence_of_row).long()
-            length_of_row = lengths[sequence_of_row]
         tokens = flat.sum()
-        return cls(flat, shape, cu_seqlens, sequence_of_row, lengths, length_of_row, tokens)
+        return cls(flat, shape, cu_seqlens, sequence_of_row, lengths, tokens)
+
+    @property
+    def length_of_row(self) -> Tensor:
+        """Completion tokens of each row's sequence, int64 ``[N]``."""
+        if self.cu_seqlens is None:
+            return self.lengths[:, None].expand(self.shape).reshape(-1)
+        return self.lengths[self.sequence_of_row]
 
     @property
     def num_sequences(self) -> int:
@@ -100,6 +103,13 @@ class Layout:
         """A number divided by the batch's completion tokens, a scalar tensor; infinite where there
         are none, so that no row has it."""
         return _number(x) / self.tokens
+
+    def weights(self, share: Tensor | float) -> Tensor:
+        """One share for all rows, or one a row, as row values ``[n]``; rows outside the completion
+        have one too. For kernels, which do not look at those."""
+        if not isinstance(share, Tensor):
+            return torch.full_like(self.mask, share, dtype=torch.float32)
+        return share.expand(self.mask.shape)
 
     def rows(self, x: Tensor, name: str) -> Tensor:
         """``x`` as flat rows ``[N]``, from row values or from one value a sequence.
@@ -265,19 +275,12 @@ class Rows:
         return self.layout.over_tokens(x)
 
     def sequence_mean(self, x: Tensor | float) -> Tensor:
-        """Each row's share of the mean over sequences of their token means; of a number, whatever
-        the mask."""
-        length, sequences = self.length.clamp(min=1), max(self.num_sequences, 1)
+        """Each row's share of the mean over sequences of their token means; of a number, that
+        of a completion token, infinite where the sequence has none."""
+        sequences = max(self.num_sequences, 1)
         if isinstance(x, Tensor):
-            return torch.where(self.mask, x, 0) / length / sequences
-        return _number(x / sequences) / length
-
-    def weights(self, share: Tensor | float) -> Tensor:
-        """One share for all rows, or one a row, as row values ``[n]``; rows outside the completion
-        have one too. For kernels, which do not look at those."""
-        if not isinstance(share, Tensor):
-            return torch.full_like(self.mask, share, dtype=torch.float32)
-        return share.expand(self.mask.shape)
+            return torch.where(self.mask, x, 0) / self.length.clamp(min=1) / sequences
+        return _number(x / sequences) / self.length
 
 
 def _number(x: float) -> Tensor:

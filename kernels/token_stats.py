@@ -131,7 +131,9 @@ def humanline_token_stats(
 
 
 @triton.jit(do_not_specialize=["sequences"])
-def humanline_token_stats_total(out_ptr, report_ptr, sequences, BLOCK: tl.constexpr):
+def humanline_token_stats_total(
+    out_ptr, active_rows_ptr, report_ptr, sequences, BLOCK: tl.constexpr
+):
     column = tl.program_id(0)
     total = tl.zeros([BLOCK], tl.float32)
     least = tl.full([BLOCK], float("inf"), tl.float32)
@@ -148,6 +150,8 @@ def humanline_token_stats_total(out_ptr, report_ptr, sequences, BLOCK: tl.conste
     value = tl.where(column == 9, tl.where(least_of_all < float("inf"), least_of_all, 0.0), value)
     value = tl.where(column == 10, tl.max(most, 0), value)
     tl.store(out_ptr + column, value)
+    if column == 1:
+        tl.store(active_rows_ptr, value.to(tl.int64))
 
 
 def token_stats(
@@ -171,8 +175,8 @@ def token_stats(
     low: float = 0.0,
     high: float = 0.0,
     delta: float | None = None,
-) -> Tensor:
-    """What REPORT names, float32 ``[11]``.
+) -> tuple[Tensor, Tensor]:
+    """What REPORT names, float32 ``[11]``; and of that the active rows, an int64 scalar.
 
     Args:
         logps, entropy, loss, g: float32 ``[N]`` of all rows, see kernels/token_loss.py; entropy
@@ -185,6 +189,7 @@ def token_stats(
     """
     report = logps.new_empty(len(REPORT), num_sequences)
     out = logps.new_empty(len(REPORT))
+    active_rows = torch.empty((), dtype=torch.int64, device=logps.device)
     ratio_low, ratio_high = (-math.inf, high) if kind == "cispo" else (1.0 - low, 1.0 + high)
     with torch.cuda.device_of(logps):
         if num_sequences:
@@ -213,6 +218,6 @@ def token_stats(
                 num_warps=4,
             )
         humanline_token_stats_total[(len(REPORT),)](
-            out, report, num_sequences, BLOCK=1024, num_warps=4
+            out, active_rows, report, num_sequences, BLOCK=1024, num_warps=4
         )
-    return out
+    return out, active_rows

@@ -251,7 +251,7 @@ class GRPO(PolicyObjective):
         return common | {
             "kind": self.loss_type if self.loss_type in ("cispo", "sapo") else "clipped",
             "penalty": penalty if self.beta != 0 else None,
-            "weight": rows.weights(SHARES[self.loss_type](rows, 1.0, self, num_items_in_batch)),
+            "weight": layout.weights(SHARES[self.loss_type](rows, 1.0, self, num_items_in_batch)),
             "delta": self.delta,
             "temperature_pos": self.sapo_temperature_pos,
             "temperature_neg": self.sapo_temperature_neg,

@@ -51,11 +51,10 @@ class PPO(PolicyObjective):
         common = self.common_kernel_arguments(layout, ref_logps, advantages, old_logps)
         if common is None or type(self) is not PPO:  # a subclass may define another loss
             return None
-        rows = Rows.blank(layout)
         return common | {
             "kind": "clipped",
             "penalty": self.kl_estimator if self.beta != 0 else None,
-            "weight": rows.weights(rows.token_mean(1.0)),
+            "weight": layout.weights(layout.over_tokens(1.0)),
         }
 
     def token_loss(self, rows: Rows, advantages, old_logps) -> Tensor:

@@ -34,15 +34,13 @@ class SFT(TokenObjective):
     ) -> dict[str, Any] | None:
         if type(self) is not SFT:  # a subclass may define another loss
             return None
-        rows = Rows.blank(layout)
-        return {"kind": "nll", "weight": rows.weights(self._share(rows, 1.0, num_items_in_batch))}
+        items = num_items_in_batch
+        share = layout.over_tokens(1.0) if items is None else 1.0 / items
+        return {"kind": "nll", "weight": layout.weights(share)}
 
     def token_loss(self, rows: Rows, num_items_in_batch) -> Tensor:
-        return self._share(rows, -rows.logps, num_items_in_batch)
-
-    @staticmethod
-    def _share(rows: Rows, loss: Tensor | float, num_items: int | Tensor | None) -> Tensor | float:
-        return rows.token_mean(loss) if num_items is None else loss / num_items
+        loss, items = -rows.logps, num_items_in_batch
+        return rows.token_mean(loss) if items is None else loss / items
 
     def stats(self, rows: Rows, num_items_in_batch) -> dict[str, Tensor]:
         return {"logps/mean": rows.token_mean(rows.logps).sum()}

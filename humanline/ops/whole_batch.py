@@ -69,7 +69,7 @@ def token_evaluation(
     from humanline.kernels.token_stats import REPORT
 
     objective, layout = problem.objective, problem.layout
-    report = _token_stats(
+    report, active_rows = _token_stats(
         *(logps, entropy, loss, g),
         *(layout.mask, layout.tokens, layout.num_sequences, layout.cu_seqlens),
         **{k: x for k, x in arguments.items() if k in _OF_STATS},
@@ -78,7 +78,7 @@ def token_evaluation(
     stats = objective.token_stats_of(named)
     if objective.needs_reference:
         stats["humanline/unclamped"] = named["unclamped"]
-    stats["humanline/active_rows"] = named["active_rows"].long()
+    stats["humanline/active_rows"] = active_rows
     return Evaluation(named["loss"], Coefficients(g, None), stats=stats)
 
 
@@ -133,7 +133,7 @@ def _token_stats(
     low: float = 0.0,
     high: float = 0.0,
     delta: float | None = None,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     arguments = dict(locals())
     from humanline.kernels import token_stats as kernel
 
@@ -144,7 +144,7 @@ def _token_stats(
 def _(logps, *_, **__):
     from humanline.kernels.token_stats import REPORT
 
-    return logps.new_empty(len(REPORT))
+    return logps.new_empty(len(REPORT)), logps.new_empty((), dtype=torch.int64)
 
 
 # What of a token's loss its statistics depend on, beside the loss itself.
