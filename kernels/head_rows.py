@@ -3,11 +3,8 @@
 The block ``[n, V]`` is the float32 product of hidden states and weight, in a workspace. A first
 kernel reads it for each row's statistics; a second one, once the rows' coefficients are known,
 reads the rows that have one and writes their gradient in the dtype of the GEMMs that follow, into
-the same memory. Bytes per logit: 4 written by the GEMM, 4 read, then 4 read and 2 written for
+the same memory or a smaller one. Bytes per logit: 4 written by the GEMM, 4 read, then 4 read and 2 written for
 active rows.
-
-The more rows fit the workspace, the better: each block reads and writes the weight's gradient as a
-whole, V·H floats. On an H100 that hides behind the block's own GEMM from about 1,000 rows on.
 """
 
 import torch
@@ -165,7 +162,7 @@ def humanline_head_gradient(
     LANES: tl.constexpr,
     PER_LANE: tl.constexpr,
 ):
-    out = tl.program_id(0)
+    out = tl.num_programs(0) - 1 - tl.program_id(0)  # first what was read last: it may be in L2
     place = out.to(tl.int64)
     active = True
     if ACTIVE:

@@ -17,7 +17,7 @@ CASE = Case("grpo", "hidden", 65_536, 4096, 151_936, "bfloat16")
 
 @pytest.mark.parametrize(
     "objective, frozen, fits, active, expected",
-    [  # as counted in tests/ops/test_gemms.py
+    [  # as counted in tests/ops/hidden/test_gemms.py
         ("grpo", False, False, 1.0, 3),
         ("grpo", False, False, 0.5, 2),
         ("grpo", True, False, 0.5, 1.5),

@@ -1,24 +1,23 @@
 """An objective straight from hidden states: its loss inside the op, so its coefficients are known
 while the logits are still there.
 
-| what needs a gradient, what the objective is | GEMMs | how |
-|---|---|---|
-| nothing | 1F | log-probs |
-| rows that depend on one another fit a block | 1F + 2F·active | gradient in the forward, here |
-| else, frozen head, no entropy term | 2F | log-probs, which form dH in the forward |
-| else | 1F + 3F·active | log-probs, which recompute the active rows in the backward |
+| backend | what needs a gradient, what the objective is | GEMMs | how |
+|---|---|---|---|
+| | nothing | 1F | log-probs |
+| triton | head trains, no entropy term | 1F + 2F·active | rows wait for one another, stacked.py |
+| triton | token-level, exists as a device function | 1F + 2F·active | the same |
+| torch, or entropy | rows that depend on one another fit a block | 1F + 2F·active | gradient in the forward, here |
+| | else, frozen head, no entropy term | 2F | log-probs, which form dH in the forward |
+| | else | 1F + 3F·active | log-probs, which recompute the active rows in the backward |
 
 Rows depend on no other (token-level), on those of their sequence, of their pair, or of the batch
-(``coupling``). One F·active less where the head or the body is frozen. ``capturable``, which must
-not know the number of active rows, always takes the last line.
+(``coupling``); to be stacked, those that do must fit the stack. One F·active less where the head or
+the body is frozen. ``capturable``, which must not know the number of active rows, always takes the
+last line.
 
-On a GPU, where the head trains and blocks are many, the active rows of several wait for one another
-(head_gradients.py).
-
-Read back from the device: how many rows are labelled (in each sequence, where blocks go by these),
-once a call, but twice where they turn out not to fit; and how many are active: in the second line
-once a block, as its log-probs come to be known, or as soon as no more rows can wait; in the last
-once, in the backward.
+Read back from the device: how many rows are labelled (in each sequence, where groups go by these),
+once a call; and how many are active: of those stacked each time all that hang together are known,
+once up to 2H rows; in blocks of their own once each; in the last line once, in the backward.
 """
 
 import torch

@@ -72,8 +72,10 @@ def linear_token_logps(
             gradient: for statistics a trainer logs, which would cost a GEMM of their own.
         workspace_bytes: bound of the memory for logits. Beside it, inputs and gradients there are
             some floats a row and the hidden states of one block. Half precision adds the weight's
-            gradient in float32, and on a CPU up to 16 MiB of the weight widened. Gradients formed
-            in the forward are scaled where they lie; ``retain_graph=True`` makes a copy of them.
+            gradient in float32 (objectives on the Triton backend: or, up to 2H rows, the gradient
+            of the logits of as many rows in its place), and on a CPU up to 16 MiB of the weight
+            widened. Gradients formed in the forward are scaled where they lie;
+            ``retain_graph=True`` makes a copy of them.
         backend: "triton" or "torch"; None chooses by device.
         capturable: read nothing back from the device, so that forward and backward can be captured
             in a CUDA graph; Triton backend only.
