@@ -25,15 +25,28 @@ class Errors:
         return not (self.loss <= WRONG and self.gradient <= WRONG)
 
 
-def errors(peer: Peer, case: Case, device: str) -> Errors:
-    """Compare a peer with float64 on (at most ``CHECKED_TOKENS`` of) the case's inputs."""
+@dataclass(frozen=True)
+class Truth:
+    """A batch, and its loss and gradients by the trainers' code in float64."""
+
+    batch: Batch
+    loss: Tensor
+    gradients: tuple[Tensor, ...]
+
+
+def truth(case: Case, device: str) -> Truth:
+    """Of (at most ``CHECKED_TOKENS`` of) the case's inputs; one serves all peers of the case."""
     batch = inputs(case.shortened(CHECKED_TOKENS), device)
     eager = eager_logits if case.entry == "logits" else eager_hidden
-    true_loss, true_gradients = _evaluate(eager, batch.to_float64())
-    loss, gradients = _evaluate(peer.run, batch)
+    return Truth(batch, *_evaluate(eager, batch.to_float64()))
+
+
+def errors(peer: Peer, true: Truth) -> Errors:
+    """Compare a peer with the truth, on the truth's batch."""
+    loss, gradients = _evaluate(peer.run, true.batch)
     return Errors(
-        (abs(loss.double() - true_loss) / true_loss.abs().clamp(min=1)).item(),
-        max(_relative(g, t) for g, t in zip(gradients, true_gradients, strict=True)),
+        (abs(loss.double() - true.loss) / true.loss.abs().clamp(min=1)).item(),
+        max(_relative(g, t) for g, t in zip(gradients, true.gradients, strict=True)),
     )
 
 

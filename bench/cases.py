@@ -97,6 +97,15 @@ class Case:
     def logits_bytes(self) -> int:
         return self.tokens * self.vocab * self.torch_dtype.itemsize
 
+    @property
+    def least_bytes(self) -> int:
+        """Of the inputs and their gradients, which no peer can do without."""
+        if self.entry == "logits":
+            return 2 * self.logits_bytes
+        rows, weight = self.tokens * self.hidden, self.vocab * self.hidden
+        elements = 3 * rows + (1 if self.frozen_head else 2) * weight  # the reference's hidden too
+        return elements * self.torch_dtype.itemsize
+
     def shortened(self, tokens: int) -> "Case":
         """The same with at most so many tokens."""
         return replace(self, tokens=min(self.tokens, tokens))

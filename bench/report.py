@@ -1,5 +1,7 @@
 """Results as a table, in a terminal or in Markdown."""
 
+from statistics import median
+
 from bench.measure import Result
 from bench.peers import OURS, peers_of
 from bench.run import Results
@@ -10,7 +12,9 @@ HEAD = " " * 28 + " ".join(f"{n:>{w}s}" for n, w in zip(NAMES, WIDTHS, strict=Tr
 
 
 def terminal(results: Results) -> str:
-    """All results, a block a case. ``× ours`` is how many times humanline's own."""
+    """All results, a block a case. ``× ours`` is how many times humanline's own, on a GPU that of
+    the same rounds: for humanline's own, the second time in each round, the distance from 1 is the
+    noise."""
     lines = [f"{k}: {v}" for k, v in results.environment.items()]
     for case in results.cases:
         lines += ["", case.name, HEAD]
@@ -23,14 +27,25 @@ def _terminal_line(result: Result, floor: Result | None, ours: Result | None) ->
     if result.why_not is not None:
         return f"  {result.peer:26s} {result.why_not}"
     errors = [_error(result.loss_error), _error(result.gradient_error)]
-    note = note_on(result)
+    beside = median(result.ours_seconds) if result.ours_seconds else ours and ours.seconds
+    notes = "; ".join(filter(None, [note_on(result), _card(result)]))
     return (
         f"  {result.peer:26s} {errors[0]:>8s} {errors[1]:>8s} {result.seconds:9.4g} "
         f"{_ratio(result.seconds, floor and floor.seconds):>8s} "
-        f"{_ratio(result.seconds, ours and ours.seconds):>7s} "
+        f"{_ratio(result.seconds, beside):>7s} "
         f"{result.peak_bytes / 1e6:8.0f} {_ratio(result.peak_bytes, ours and ours.peak_bytes):>7s}"
-        f"{'  ' + note if note else ''}"
+        f"{'  ' + notes if notes else ''}"
     )
+
+
+def _card(result: Result) -> str:
+    """The GPU's clock and power over the rounds, such as ``1,980 MHz, 640 W``."""
+    cards = [c for c in result.cards if c is not None]
+    means = []
+    for name, unit in (("sm_mhz", "MHz"), ("watts", "W")):
+        values = [v for c in cards if (v := getattr(c, name)) is not None]
+        means += [f"{sum(values) / len(values):,.0f} {unit}"] if values else []
+    return ", ".join(means)
 
 
 def _error(x: float | None) -> str:

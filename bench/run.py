@@ -1,7 +1,7 @@
 """Run cases: each in processes of its own, results saved as they come, taken up again later.
 
-On a CPU every peer has its own process, since memory is the process's. On a GPU a case has one,
-and whoever crashes it is left behind.
+On a CPU every peer has its own process, since memory is the process's. On a GPU a case has one, in
+which the peers take turns, and whoever crashes it is left behind.
 """
 
 import json
@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,13 @@ import torch
 
 from bench.cases import Case
 from bench.environment import environment
-from bench.measure import Result, measure
-from bench.peers import Peer, peers_of
+from bench.measure import Result, measure, measure_in_turn
+from bench.peers import OURS, Peer, peers_of
 from humanline.training.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 MARK = "humanline-bench-result "  # other lines of a child's output are the libraries'
+BEGIN = "humanline-bench-begin "  # the peer that runs from here on
 LOST = 74  # exit code of a child that has told all it can, for its device is lost
 SAME = ("device", "torch", "humanline", "threads")  # else results do not belong in one file
 
@@ -129,7 +130,7 @@ def run(
         say(f"[{number}/{len(cases)}] {case.name}")
         runnable = []
         for peer in todo:
-            why_not = peer.why_not(case, device)
+            why_not = peer.why_not(case, device) or does_not_fit(case, device)
             if why_not is None:
                 runnable.append(peer)
             else:
@@ -139,11 +140,25 @@ def run(
         while runnable:
             if time.monotonic() > deadline:
                 return False
-            for result in _in_child(case, runnable[:at_a_time], device, repeats):
+            ours_failed = any(r.peer == OURS and r.why_not for r in results.of(case))
+            now = runnable[:at_a_time]
+            for result in _in_child(case, now, device, repeats, beside_ours=not ours_failed):
                 results.add(result)
                 say(f"    {_line(result)}")
-                runnable.pop(0)
+                runnable = [p for p in runnable if p.name != result.peer]
     return True
+
+
+def does_not_fit(case: Case, device: str) -> str | None:
+    """The reason why nobody can run the case on this GPU: its inputs and gradients take more than
+    all of its memory. None where they fit, and on a CPU."""
+    if not device.startswith("cuda"):
+        return None
+    there = torch.cuda.get_device_properties(device).total_memory
+    if case.least_bytes <= there:
+        return None
+    least, there = (f"{x / 1e9:.0f} GB" for x in (case.least_bytes, there))
+    return f"does not fit: inputs and gradients take {least}, the GPU has {there}"
 
 
 def _line(result: Result) -> str:
@@ -152,13 +167,16 @@ def _line(result: Result) -> str:
     return f"{result.peer}: {result.seconds:.4g} s, {result.peak_bytes / 1e6:.0f} MB"
 
 
-def _in_child(case: Case, peers: Sequence[Peer], device: str, repeats: int):
-    """Results of some peers, one by one; a crash becomes the result of the peer it happened in.
+def _in_child(
+    case: Case, peers: Sequence[Peer], device: str, repeats: int, beside_ours: bool = True
+) -> Iterator[Result]:
+    """Results of some peers as they come; a crash becomes the result of the peer it happened in.
 
-    They end early where the child could not go on after an error that it told.
+    They end early where the child did not survive an error: the others need another child.
     """
     task = {"case": asdict(case), "device": device, "repeats": repeats}
-    task["peers"] = [p.name for p in peers]
+    left = task["peers"] = [p.name for p in peers]
+    task["beside_ours"] = beside_ours
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     with subprocess.Popen(
         [sys.executable, "-m", "bench.run", json.dumps(task)],
@@ -168,35 +186,51 @@ def _in_child(case: Case, peers: Sequence[Peer], device: str, repeats: int):
         errors="replace",
         env={**os.environ, "PYTHONPATH": path},
     ) as child:
-        finished, last = 0, ""
+        told, begun, last = set(), "", ""
         try:
             for line in child.stdout:
                 if line.startswith(MARK):
-                    yield Result.from_json(json.loads(line.removeprefix(MARK)))
-                    finished += 1
+                    result = Result.from_json(json.loads(line.removeprefix(MARK)))
+                    told.add(result.peer)
+                    yield result
+                elif line.startswith(BEGIN):
+                    begun = line.removeprefix(BEGIN).strip()
                 elif line.strip():
                     last = line.strip()
         except BaseException:
             child.kill()
             raise
-    if child.returncode != LOST and finished < len(peers):
+    left = [name for name in left if name not in told]
+    if left and (child.returncode != LOST or not told):
         why_not = f"died with exit code {child.returncode}: {last[:200]}"
-        yield Result(case, peers[finished].name, why_not)
+        yield Result(case, begun if begun in left else left[0], why_not)
 
 
 def _child(task: dict[str, Any]) -> None:
-    case = Case(**task["case"])
-    for peer in peers_of(case):
-        if peer.name not in task["peers"]:
-            continue
-        try:
-            result = measure(peer, case, task["device"], task["repeats"])
-        except Exception as error:  # a library's failure is its result
-            reason = (str(error).strip().splitlines() or [""])[0][:200]
-            result = Result(case, peer.name, f"{type(error).__name__}: {reason}")
+    case, device = Case(**task["case"]), task["device"]
+    peers = [p for p in peers_of(case) if p.name in task["peers"]]
+    if device.startswith("cuda"):
+        results = measure_in_turn(
+            peers,
+            case,
+            device,
+            task["repeats"],
+            beside_ours=task["beside_ours"],
+            begin=lambda peer: print(f"\n{BEGIN}{peer.name}", flush=True),
+        )
+    else:
+        results = (_alone(peer, case, device, task["repeats"]) for peer in peers)
+    for result in results:
         print(f"\n{MARK}{json.dumps(asdict(result))}", flush=True)
-        if result.why_not is not None and device_is_lost(task["device"]):
+        if result.why_not is not None and device_is_lost(device):
             os._exit(LOST)  # at once: clearing up would fail as well
+
+
+def _alone(peer: Peer, case: Case, device: str, repeats: int) -> Result:
+    try:
+        return measure(peer, case, device, repeats)
+    except Exception as error:  # a library's failure is its result
+        return Result(case, peer.name).failed(error)
 
 
 def device_is_lost(device: str) -> bool:

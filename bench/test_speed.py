@@ -9,7 +9,7 @@ import os
 import pytest
 import torch
 
-from bench.accuracy import errors
+from bench.accuracy import errors, truth
 from bench.cases import SUITES, inputs
 from bench.measure import step
 from bench.peers import peers_of
@@ -29,7 +29,7 @@ def test_speed(benchmark, case, peer):
         pytest.skip(why_not)
     benchmark.group = case.name
     if not peer.is_floor:
-        found = errors(peer, case, DEVICE)
+        found = errors(peer, truth(case, DEVICE))
         assert not found.wrong, found
         benchmark.extra_info["gradient_error"] = found.gradient
     batch = inputs(case, DEVICE)

@@ -26,7 +26,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported
 
 import humanline as hl
-from bench.accuracy import errors
+from bench.accuracy import errors, truth
 from bench.cases import GPT2, LLAMA, QWEN, Batch, Case, inputs
 from bench.objectives import CLIP
 from bench.peers import OURS, peers_of
@@ -89,7 +89,8 @@ def _named(case: Case) -> dict:
 
 def _compared(case: Case) -> dict:
     peers = [p for p in peers_of(case) if p.name in (OURS, "eager")]
-    found = {p.name: errors(p, case, DEVICE).gradient for p in peers}
+    true = truth(case, DEVICE)
+    found = {p.name: errors(p, true).gradient for p in peers}
     bound = max(1.5 * found["eager"], torch.finfo(case.torch_dtype).eps / 2)
     return {"errors": found, "passed": found[OURS] <= bound}
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bench.accuracy import errors
+from bench.accuracy import errors, truth
 from bench.cases import Case
 from bench.peers import OURS, PEERS, Peer, eager_logits, peers_of
 
@@ -18,7 +18,7 @@ COMPILED = ("torch.compile", "Liger chunked")  # minutes of compilation
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 def test_peers_agree_with_float64(case):
-    ran = []
+    ran, true = [], truth(case, "cpu")
     for peer in peers_of(case):
         if peer.is_floor or peer.name in COMPILED or peer.why_not(case, "cpu"):
             continue
@@ -27,20 +27,20 @@ def test_peers_agree_with_float64(case):
         ):
             continue
         bound = 2e-6 if case.dtype == "float32" else 2e-2
-        assert errors(peer, case, "cpu").gradient < bound, peer.name
+        assert errors(peer, true).gradient < bound, peer.name
         ran.append(peer.name)
     assert {"eager", OURS} <= set(ran)
 
 
 def test_another_loss_is_found_out():
     twice = Peer("twice", lambda batch: 2 * eager_logits(batch), "logits")
-    found = errors(twice, CASES[0], "cpu")
+    found = errors(twice, truth(CASES[0], "cpu"))
     assert found.wrong and found.gradient == pytest.approx(1, rel=1e-3)
 
 
 def test_nan_is_found_out():
     nan = Peer("nan", lambda batch: eager_logits(batch) * torch.nan, "logits")
-    assert errors(nan, CASES[0], "cpu").wrong
+    assert errors(nan, truth(CASES[0], "cpu")).wrong
 
 
 def test_names_are_unique_within_a_case():

@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 from triton.runtime.interpreter import GridExecutor
 
 from bench import run as runner
-from bench.cases import Case
+from bench.cases import QWEN, Case
 from bench.gpu import steps as gpu
 from bench.measure import Result
 from bench.peers import peers_of
@@ -174,14 +174,19 @@ def test_a_child_leaves_when_its_device_is_lost(monkeypatch, capsys):
     def fail(*args):
         raise RuntimeError("illegal memory access")
 
+    def turns(peers, *args, **options):
+        for peer in peers:
+            yield Result(CASE, peer.name).failed(RuntimeError("illegal memory access"))
+
     def leave(code):
         raise SystemExit(code)
 
-    monkeypatch.setattr(runner, "measure", fail)
+    monkeypatch.setattr(runner, "measure_in_turn", turns)
     monkeypatch.setattr(torch.cuda, "synchronize", fail)
     monkeypatch.setattr(runner.os, "_exit", leave)
     names = [p.name for p in peers_of(CASE)]
     task = {"case": runner.asdict(CASE), "device": "cuda", "repeats": 1, "peers": names}
+    task["beside_ours"] = True
     with pytest.raises(SystemExit, match=str(runner.LOST)):
         runner._child(task)
     (line,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith(runner.MARK)]
@@ -205,7 +210,34 @@ os._exit({runner.LOST})
     )
     script.chmod(0o755)
     monkeypatch.setattr(runner.sys, "executable", str(script))
+    monkeypatch.setattr(runner, "does_not_fit", lambda case, device: None)
     results, names = Results({}), ["bare copy", "eager", "humanline"]
     assert run([CASE], results, "cuda", only=names, say=lambda line: None)
     assert [r.peer for r in results.results] == names
     assert all("illegal memory access" in r.why_not for r in results.results)
+
+
+def test_who_dies_without_a_word_is_the_one_that_had_begun(tmp_path, monkeypatch):
+    script = tmp_path / "child"
+    script.write_text(f"#!/bin/sh\necho '{runner.BEGIN}eager'\nkill -SEGV $$\n")
+    script.chmod(0o755)
+    monkeypatch.setattr(runner.sys, "executable", str(script))
+    (result,) = runner._in_child(CASE, peers_of(CASE), "cuda", 1)
+    assert result.peer == "eager" and result.why_not.startswith("died with exit code -11")
+
+
+def test_a_case_that_no_gpu_holds_is_said_before_anything_runs(monkeypatch):
+    gpu = Namespace(total_memory=80 * 10**9)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    monkeypatch.setattr(runner.Peer, "why_not", lambda *args: None)
+    monkeypatch.setattr(runner, "_in_child", None)  # not reached
+    fits, does_not = (Case("grpo", "logits", 2**k, vocab=QWEN, dtype="bfloat16") for k in (17, 18))
+    assert runner.does_not_fit(fits, "cuda") is None
+    assert runner.does_not_fit(does_not, "cpu") is None
+    results = Results({})
+    assert run([does_not], results, "cuda", say=lambda line: None)
+    assert [r.peer for r in results.results] == [p.name for p in peers_of(does_not)]
+    why_not = "does not fit: inputs and gradients take 159 GB, the GPU has 80 GB"
+    assert {r.why_not for r in results.results} == {why_not}
+    hidden = Case("grpo", "hidden", 2**20, 4096, QWEN, "bfloat16")
+    assert runner.does_not_fit(hidden, "cuda") is None
