@@ -1,27 +1,36 @@
 #!/usr/bin/env bash
 # All evidence on one machine, in one command; made for a bare GPU machine, nothing to download:
 #
-#     bench/gpu.sh [--minutes 9] [--wheels FOLDER] [--output FOLDER] [--reduced]
+#     bench/gpu.sh [--minutes 9] [--wheels FOLDER] [--output FOLDER] [--from ARCHIVE] [--reduced]
 #
-# It stops when its minutes are over; the same command goes on from there. --reduced runs every step
-# start to end on a CPU. Exit code: 0 all is done; 75 time ran out; 1 all had its turn and something
-# failed, which the same command tries again; 2 nothing was started.
+# It stops when its minutes are over; the same command goes on from there, or, on another bare
+# machine, with --from and the archive that the last one left: nothing else is needed of it.
+# --reduced runs every step start to end on a CPU. Exit code: 0 all is done; 75 time ran out; 1 all
+# had its turn and something failed, which the same command tries again; 2 nothing was started.
 #
 # The steps, the most telling first, as about half an hour is all there may be:
 #
+#   smoke                     a minute: import, every kernel once against float64, products from half
+#                             precision to float32, a CUDA graph
+#   bench-…-151936, …-32000   the floor and four peers at N = 8,192, bfloat16: GRPO from logits at
+#                             two vocabularies, GRPO and DPO from hidden states of width 4,096
 #   correctness               ours and eager's errors against float64, at real sizes; N·V > 2³¹
-#   bench-…-151936, …-32000   every peer at N = 8,192, bfloat16: GRPO from logits at two vocabularies,
-#                             GRPO and DPO from hidden states of width 4,096
 #   graphs, opcheck           capture and replay in a CUDA graph; torch.library.opcheck of every op
 #   ncu, dram                 bytes a logit the row kernels move, counted by the GPU
 #   sanitizer-…               every kernel on small shapes under compute-sanitizer
 #   tests-…                   tests/kernels and tests/ops, a file a step
-#   bench-gpu                 the rest of the suite: KTO, SFT, half the rows active, frozen heads, …
+#   bench-gpu                 all peers and the rest of the suite: KTO, SFT, half the rows active, …
 #   configurations            warps to commit in kernels/launch.py
 #   bench-gpu-active, …       sweeps over active rows, logit scale, tokens
+#   correctness-rest          all other dtypes, vocabularies and fractions of rows
 #   report, model             what came of it
 #
 # A step that is killed because time ran out, or fails, has its next turn after all the others.
+#
+# FOLDER, by default $OUT or runs/gpu, holds one file: gpu-results.tar.gz, written anew after each
+# step. In it, in a folder named after the GPU and the day: results.json, checks.jsonl,
+# configurations.jsonl, ncu.csv, ncu.json, log; machines.jsonl, a line for each time this was
+# started; and which steps are done, failed, late (a line for each time that one ran out of time).
 #
 # --wheels installs the peers without their dependencies; a peer that is missing is skipped and says
 # so. `pip download --no-deps --only-binary=:all: --python-version 3.12` fetches a wheel. Beside
@@ -37,17 +46,15 @@
 #                       ray click jsonschema msgpack protobuf hydra-core "omegaconf<2.4"
 #                       antlr4-python3-runtime==4.9.3 (an sdist: `pip wheel` it) torchdata codetiming
 #                       pylatexenc peft pandas pyarrow "transformers>=5.5.3,<5.11,!=5.6.0"
-#
-# FOLDER: results.json, checks.jsonl, configurations.jsonl, ncu.csv, ncu.json, log; and which steps
-# are done, failed, late (a line for each time that one ran out of time).
 set -u
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
-minutes=9 wheels="" output="" reduced=""
+minutes=9 wheels="" output=${OUT:-runs/gpu} from="" reduced=""
 while (($#)); do
     case "$1" in
     --minutes) minutes=$2; shift 2 ;;
     --wheels) wheels=$2; shift 2 ;;
     --output) output=$2; shift 2 ;;
+    --from) from=$2; shift 2 ;;
     --reduced) reduced=--reduced; shift ;;
     *) echo "gpu.sh: unknown option $1 (see the top of the file)" >&2; exit 2 ;;
     esac
@@ -66,13 +73,22 @@ if [ -z "$reduced" ] && ! "$python" -c 'import sys, torch; sys.exit(not torch.cu
     echo "gpu.sh: torch finds no GPU here; --reduced runs every step on a CPU" >&2
     exit 2
 fi
-if [ -z "$output" ]; then
+archive=$output/gpu-results.tar.gz
+if [ -z "$from" ] && [ -e "$archive" ]; then from=$archive; fi
+mkdir -p "$output" && scratch=$(mktemp -d) || exit
+if [ -n "$from" ]; then
+    tar -xzf "$from" -C "$scratch" || { echo "gpu.sh: $from is no archive of results" >&2; exit 2; }
+else
     device=$("$python" -c 'import torch
 print(torch.cuda.get_device_name() if torch.cuda.is_available() else "reduced-on-cpu")') || exit
-    output=bench/results/$(tr -cs 'A-Za-z0-9\n' - <<<"$device")-$(date +%F)
+    mkdir "$scratch/$(tr -cs 'A-Za-z0-9\n' - <<<"$device")-$(date +%F)"
 fi
-mkdir -p "$output" && touch "$output"/{done,failed,late} || exit
-end=$((SECONDS + ${minutes} * 60))
+results=$(echo "$scratch"/*)
+touch "$results"/{done,failed,late} || exit
+end=$((minutes * 60)) # on the clock of SECONDS, which began with this script
+
+# pack: all there is to the archive; a kill meanwhile leaves the last one
+pack() { tar -czf "$archive.part" -C "$scratch" . && mv "$archive.part" "$archive"; }
 
 # step NAME COMMAND…: run it within the time that is left, if it is its turn
 step() {
@@ -80,21 +96,22 @@ step() {
     shift
     if times done || times failed || times late "$turn"; then return; fi
     if ((left < 20)); then stop; fi
-    echo "== $name ($left s left)" | tee -a "$output/log"
-    timeout --signal=INT --kill-after=10 "$left" "$@" 2>&1 | tee -a "$output/log"
+    echo "== $name ($left s left)" | tee -a "$results/log"
+    timeout --signal=INT --kill-after=10 "$left" "$@" 2>&1 | tee -a "$results/log"
     code=${PIPESTATUS[0]}
     if ((code == 137 && SECONDS < end)); then code="137: killed, out of memory?"; fi
     case $code in
-    0) echo "$name" >>"$output/done" ;;
+    0) echo "$name" >>"$results/done" ;;
     75) stop ;; # it saved what it has, and goes on next
-    124 | 137) echo "$name" >>"$output/late"; stop ;;
-    *) echo "$name" >>"$output/failed"; echo "FAILED $name ($code)" | tee -a "$output/log" ;;
+    124 | 137) echo "$name" >>"$results/late"; stop ;;
+    *) echo "$name" >>"$results/failed"; echo "FAILED $name ($code)" | tee -a "$results/log" ;;
     esac
+    pack
 }
 # times FILE [N]: whether $name is written in FILE, more than N times
-times() { (($(grep -cxF -e "$name" "$output/$1") > ${2:-0})); }
+times() { (($(grep -cxF -e "$name" "$results/$1") > ${2:-0})); }
 stop() {
-    echo "gpu.sh: time is up; the same command with --output $output goes on" >&2
+    echo "gpu.sh: time is up; the same command with --output $output goes on, or --from $archive elsewhere" >&2
     exit 75
 }
 # under NAME TOOL OPTIONS… -- COMMAND…: a step in a program of the CUDA toolkit; --reduced can do
@@ -109,40 +126,47 @@ under() {
     else step "$name" echo "skipped: ${tool[0]} is not on the PATH"; fi
 }
 gpu() { # NAME FUNCTION: a step of bench/gpu/steps.py
-    step "$1" "$python" -m bench.gpu "$2" $reduced --output "$output"
+    step "$1" "$python" -m bench.gpu "$2" $reduced --output "$results"
 }
 bench() { # NAME REPEATS OPTIONS…: results are saved one by one, and it goes on by itself
     local name=$1 repeats=$2
     shift 2
-    step "bench-$name" "$python" -m bench --output "$output/results.json" \
-        --seconds $((end - SECONDS - 60)) --repeats "$repeats" "$@"
+    step "bench-$name" "$python" -m bench --output "$results/results.json" \
+        --seconds $((end - SECONDS - 90)) --repeats "$repeats" "$@"
 }
 
 steps() {
+    gpu smoke smoke
     step environment "$python" -m humanline.cli doctor
-    gpu correctness correctness
     if [ -n "$reduced" ]; then
         bench smoke 1 --suite smoke --peers 'bare GEMMs' eager humanline
     else
         local case=(--tokens 8192 --hidden 4096 --dtype bfloat16) # of the suite "gpu" too, but 32,000
-        bench grpo-logits-151936 5 --objective grpo --entry logits --vocab 151936 "${case[@]}"
-        bench grpo-logits-32000 5 --objective grpo --entry logits --vocab 32000 "${case[@]}"
-        bench grpo-hidden-151936 5 --objective grpo --entry hidden --vocab 151936 "${case[@]}"
-        bench dpo-hidden-151936 5 --objective dpo --entry hidden --vocab 151936 "${case[@]}"
+        local of_logits=('bare copy' eager 'Liger grpo_loss' quack humanline)
+        local of_hidden=('bare GEMMs' eager 'Liger chunked' cut-cross-entropy humanline)
+        bench grpo-logits-151936 5 --objective grpo --entry logits --vocab 151936 "${case[@]}" \
+            --peers "${of_logits[@]}"
+        bench grpo-hidden-151936 5 --objective grpo --entry hidden --vocab 151936 "${case[@]}" \
+            --peers "${of_hidden[@]}"
+        bench dpo-hidden-151936 5 --objective dpo --entry hidden --vocab 151936 "${case[@]}" \
+            --peers "${of_hidden[@]}"
+        bench grpo-logits-32000 5 --objective grpo --entry logits --vocab 32000 "${case[@]}" \
+            --peers "${of_logits[@]}"
     fi
+    gpu correctness correctness
     gpu graphs graphs
     gpu opcheck ops
     under ncu ncu --csv --print-units base --clock-control none --profile-from-start no \
         --kernel-name 'regex:^humanline_(token_|scale)' \
         --metrics dram__bytes_read.sum,dram__bytes_write.sum,gpu__time_duration.sum \
-        --log-file "$output/ncu.csv" -- "$python" -m bench.gpu kernels $reduced --output "$output"
+        --log-file "$results/ncu.csv" -- "$python" -m bench.gpu kernels $reduced --output "$results"
     gpu dram dram
     local check file checks=(memcheck racecheck)
     if [ -n "$reduced" ]; then checks=(memcheck); fi # without the tool they are the same
     for check in "${checks[@]}"; do # each tensor in memory of its own, or memcheck sees no edges
         PYTORCH_NO_CUDA_MEMORY_CACHING=1 under "sanitizer-$check" \
             compute-sanitizer --tool "$check" --error-exitcode 1 -- \
-            "$python" -m bench.gpu small $reduced --output "$output"
+            "$python" -m bench.gpu small $reduced --output "$results"
     done
     local files=(tests/{kernels,ops,ops/hidden}/test_*.py)
     if [ -n "$reduced" ]; then files=(tests/ops/hidden/test_gemms.py); fi
@@ -156,19 +180,26 @@ steps() {
         bench gpu-scale 1 --suite gpu-scale
         bench gpu-tokens 3 --suite gpu-tokens
     fi
-    step report "$python" -m bench --show "$output/results.json"
-    step model "$python" -m bench.paper.model "$output/results.json"
+    gpu correctness-rest correctness_rest
+    step report "$python" -m bench --show "$results/results.json"
+    step model "$python" -m bench.paper.model "$results/results.json"
 }
 
-if ! "$python" -m bench.gpu machine --output "$output"; then
+if ! "$python" -m bench.gpu machine --output "$results"; then
     echo "gpu.sh: name another folder with --output" >&2
+    rm -r "$scratch"
     exit 2
 fi
-for ((turn = 0; turn <= $(wc -l <"$output/late"); turn++)); do steps; done
+trap 'pack; rm -r "$scratch"' EXIT
+trap 'exit 143' TERM
+trap 'exit 130' INT
+for ((turn = 0; turn <= $(wc -l <"$results/late"); turn++)); do steps; done
 
-if [ -s "$output/failed" ]; then
-    echo "gpu.sh: FAILED:" $(<"$output/failed")"; see $output/log; the same command tries again" >&2
-    : >"$output/failed"
+if [ -s "$results/failed" ]; then
+    echo "gpu.sh: FAILED:" $(<"$results/failed")"; see the log in $archive;" \
+        "the same command tries again" >&2
+    : >"$results/failed"
     exit 1
 fi
-echo "gpu.sh: all done; see $output, then: python -m bench.plots, python -m bench.readme"
+echo "gpu.sh: all done; tar -xzf $archive -C bench/results, then: python -m bench.plots," \
+    "python -m bench.readme"

@@ -13,6 +13,7 @@ from triton.runtime.interpreter import GridExecutor
 
 from bench import run as runner
 from bench.cases import QWEN, Case
+from bench.gpu import smoke
 from bench.gpu import steps as gpu
 from bench.measure import Result
 from bench.peers import peers_of
@@ -34,6 +35,7 @@ def checks(args):
 
 def test_correctness_goes_on_and_writes_nothing_twice(args, monkeypatch):
     cases = [Case("grpo", "logits", 16, vocab=v) for v in (100, 101, 102)]
+    monkeypatch.setattr(gpu, "_is_telling", lambda case: True)
     compared, broken = [], {101, 102}
 
     def compare(case):
@@ -95,8 +97,9 @@ def test_ncu_is_asked_for_the_launches_that_the_reader_expects(args, launched):
 
 
 @needs_interpreter
-def test_the_sanitizer_sees_every_kernel(args, launched):
-    assert gpu.small(args)
+@pytest.mark.parametrize("step", [gpu.small, smoke.smoke])
+def test_the_sanitizer_and_the_first_minute_see_every_kernel(args, launched, step):
+    assert step(args)
     kernels = {
         (f"humanline.kernels.{path.stem}", name)
         for path in (ROOT / "humanline/kernels").glob("*.py")
@@ -104,6 +107,49 @@ def test_the_sanitizer_sees_every_kernel(args, launched):
         for name in filter(None, name)
     }
     assert len(kernels) > 10 and set(launched) == kernels
+
+
+@needs_interpreter
+def test_the_first_minute_finds_a_wrong_kernel_and_goes_on(args, monkeypatch):
+    original = smoke._losses
+
+    def losses(batch, *backend):
+        for loss in original(batch, *backend):
+            yield loss if backend else 1.1 * loss
+
+    checked = [("wrong", lambda: smoke.kernels(Case("dpo", "logits", 16, 8, 30, "bfloat16")))]
+    checked += [("broken", lambda: 1 / 0), ("good", lambda: {"passed": True})]
+    monkeypatch.setattr(smoke, "_losses", losses)
+    monkeypatch.setattr(smoke, "_checks", lambda args: checked)
+    assert not smoke.smoke(args)
+    assert [c["passed"] for c in checks(args)] == [False, False, True]
+    assert checks(args)[1]["error"].startswith("ZeroDivisionError")
+
+
+def test_about_thirty_cases_of_bfloat16_come_first_and_none_twice():
+    first = [c for c in gpu._cases(False) if gpu._is_telling(c)]
+    assert 20 <= len(first) <= 40 and {c.dtype for c in first} == {"bfloat16"}
+    kinds = {(c.objective, c.entry, c.vocab % 8 == 0) for c in first}
+    assert len(kinds) == 4 * 2 * 2
+    assert any(c.frozen_head for c in first) and any(c.active < 1 for c in first)
+    assert any(map(gpu._is_telling, gpu._cases(True)))
+
+
+def test_both_steps_of_correctness_take_every_case_once(args, monkeypatch):
+    compared = []
+    monkeypatch.setattr(gpu, "_compared", lambda case: compared.append(case) or {"passed": True})
+    monkeypatch.setattr(gpu, "_far_offsets", lambda args: True)
+    assert gpu.correctness(args)
+    first = len(compared)
+    assert gpu.correctness_rest(args)
+    assert sorted(c.name for c in compared) == sorted(c.name for c in gpu._cases(True))
+    assert all(map(gpu._is_telling, compared[:first]))
+
+
+def test_ours_and_eager_share_the_truth(monkeypatch):
+    made, original = [], gpu.truth
+    monkeypatch.setattr(gpu, "truth", lambda *a: made.append(a) or original(*a))
+    assert gpu._compared(CASE)["passed"] and len(made) == 1
 
 
 def test_opcheck_takes_every_registered_op():

@@ -5,8 +5,10 @@ Most of it needs no benchmark: a stand-in for Python notes what is run, and ends
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tarfile
 
 import pytest
 import torch
@@ -23,6 +25,17 @@ def gpu_sh(*arguments, **environment):
     )
 
 
+def unpacked(output):
+    """The folder of results in the archive, the one file there is."""
+    assert [p.name for p in output.iterdir()] == ["gpu-results.tar.gz"]
+    into = output.parent / f"{output.name}-unpacked"
+    shutil.rmtree(into, ignore_errors=True)
+    with tarfile.open(output / "gpu-results.tar.gz") as archive:
+        archive.extractall(into, filter="data")
+    (folder,) = into.iterdir()
+    return folder
+
+
 def test_no_gpu_no_full_run(tmp_path):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
@@ -36,23 +49,50 @@ def test_out_of_time_says_how_to_go_on(tmp_path):
 
 
 def test_the_reduced_form_runs_start_to_end(tmp_path):
-    done = gpu_sh("--reduced", "--output", tmp_path)
+    output = tmp_path / "output"
+    done = gpu_sh("--reduced", OUT=str(output))
     assert done.returncode == 0, done.stdout + done.stderr
-    checks = [json.loads(line) for line in (tmp_path / "checks.jsonl").read_text().splitlines()]
+    folder = unpacked(output)
+    assert folder.name.startswith("reduced-on-cpu-")
+    checks = [json.loads(line) for line in (folder / "checks.jsonl").read_text().splitlines()]
+    assert checks[0]["check"].startswith("smoke, kernels")
     assert all(check.get("passed", True) for check in checks)
     names = {check["check"].split(",")[0] for check in checks}
     assert {"correctness", "far offsets", "row kernels", "every kernel on small shapes"} <= names
     assert {"opcheck token_logps", "CUDA graphs of token_logps"} <= names
-    results = Results.load(tmp_path / "results.json").results
+    results = Results.load(folder / "results.json").results
     assert {r.peer for r in results if r.seconds} == {"bare GEMMs", "eager", "humanline"}
-    assert "bfloat16" in (tmp_path / "configurations.jsonl").read_text()
+    assert "bfloat16" in (folder / "configurations.jsonl").read_text()
 
 
 def test_results_of_another_machine_are_not_gone_on_with(tmp_path):
-    (tmp_path / "results.json").write_text('{"environment": {"device": "another"}, "results": []}')
-    done = gpu_sh("--reduced", "--output", tmp_path)
+    (tmp_path / "there").mkdir()
+    another = '{"environment": {"device": "another"}, "results": []}'
+    (tmp_path / "there/results.json").write_text(another)
+    output = tmp_path / "output"
+    output.mkdir()
+    with tarfile.open(output / "gpu-results.tar.gz", "w:gz") as archive:
+        archive.add(tmp_path / "there", "there")
+    done = gpu_sh("--reduced", "--output", output)
     assert done.returncode == 2 and "measured with {'device': 'another'" in done.stderr
-    assert (tmp_path / "done").read_text() == "" and not (tmp_path / "log").exists()
+    folder = unpacked(output)
+    assert [p.name for p in folder.iterdir()] == ["results.json"]  # nothing ran, nothing written
+    assert (folder / "results.json").read_text() == another
+
+
+def test_what_is_no_archive_is_refused(tmp_path):
+    (tmp_path / "archive").write_text("not at all")
+    done = gpu_sh("--reduced", "--from", tmp_path / "archive", "--output", tmp_path / "output")
+    assert done.returncode == 2 and "is no archive of results" in done.stderr
+
+
+def test_another_bare_machine_goes_on_from_the_archive_alone(run, tmp_path):
+    assert run({"gpu correctness --": 75})[0].returncode == 75
+    archive = (tmp_path / "output/gpu-results.tar.gz").rename(tmp_path / "carried.tar.gz")
+    done, calls = run({}, "--reduced", "--from", archive)
+    assert done.returncode == 0 and "gpu correctness --" in calls[0]
+    machines = (unpacked(tmp_path / "output") / "done").read_text().splitlines()
+    assert machines[:3] == ["smoke", "environment", "bench-smoke"]
 
 
 @pytest.fixture
@@ -64,23 +104,27 @@ def run(tmp_path):
     def run(ends, *options):
         cases = "".join(f"*'{part}'*) exit {code};;\n" for part, code in ends.items())
         note = 'echo "$*" >>"${0%/*}/calls"\n'
-        python.write_text(f'#!/bin/sh\n{note}case "$*" in\n{cases}esac\n')
+        python.write_text(f'#!/bin/sh\n{note}case "$*" in\n-c*) echo GPU;;\n{cases}esac\n')
         python.chmod(0o755)
         calls.write_text("")
-        done = gpu_sh(*options or ["--reduced"], "--output", tmp_path, PYTHON=python)
-        return done, [c for c in calls.read_text().splitlines() if "bench.gpu machine" not in c]
+        done = gpu_sh(*options or ["--reduced"], "--output", tmp_path / "output", PYTHON=python)
+        return done, [
+            c
+            for c in calls.read_text().splitlines()
+            if not ("bench.gpu machine" in c or c.startswith("-c") or "get_device_name" in c)
+        ]
 
     return run
 
 
 def test_a_failed_step_is_told_and_tried_again_after_all_the_others(run):
-    done, calls = run({"gpu graphs": 1, "gpu correctness": 137})
+    done, calls = run({"gpu graphs": 1, "gpu correctness --": 137})
     assert done.returncode == 1 and "FAILED: correctness graphs;" in done.stderr
     assert "bench.paper.model" in calls[-1]
 
     done, calls = run({"gpu graphs": 1})
     assert done.returncode == 1 and "FAILED: graphs;" in done.stderr
-    assert ["gpu correctness" in calls[0], "gpu graphs" in calls[1]] == [True, True]
+    assert ["gpu correctness --" in calls[0], "gpu graphs" in calls[1]] == [True, True]
 
     done, calls = run({})
     assert done.returncode == 0 and len(calls) == 1
@@ -89,27 +133,29 @@ def test_a_failed_step_is_told_and_tried_again_after_all_the_others(run):
 
 
 def test_a_failed_step_does_not_hold_up_what_time_left_over(run):
-    assert run({"gpu correctness": 1, "gpu ops": 75})[0].returncode == 75
+    assert run({"gpu correctness --": 1, "gpu ops": 75})[0].returncode == 75
     done, calls = run({})
     assert done.returncode == 1 and "FAILED: correctness;" in done.stderr
-    assert "gpu ops" in calls[0] and not any("gpu correctness" in c for c in calls)
+    assert "gpu ops" in calls[0] and not any("gpu correctness --" in c for c in calls)
 
 
 def test_a_step_that_is_too_long_goes_on_after_the_others(run):
-    done, calls = run({"gpu correctness": 124})
-    assert done.returncode == 75 and "gpu correctness" in calls[-1]
-    done, calls = run({"gpu correctness": 124, "gpu graphs": 124})  # 124: killed by the time limit
+    done, calls = run({"gpu correctness --": 124})
+    assert done.returncode == 75 and "gpu correctness --" in calls[-1]
+    done, calls = run(
+        {"gpu correctness --": 124, "gpu graphs": 124}
+    )  # 124: killed by the time limit
     assert done.returncode == 75 and "gpu graphs" in calls[-1]
 
-    done, calls = run({"gpu correctness": 124})
+    done, calls = run({"gpu correctness --": 124})
     assert (
         done.returncode == 75
         and "bench.paper.model" in calls[-2]
-        and "gpu correctness" in calls[-1]
+        and "gpu correctness --" in calls[-1]
     )
     done, calls = run({})
     assert done.returncode == 0
-    assert ["gpu graphs" in calls[0], "gpu correctness" in calls[1]] == [True, True]
+    assert ["gpu graphs" in calls[0], "gpu correctness --" in calls[1]] == [True, True]
 
 
 def test_a_step_that_saved_its_work_goes_on_at_once(run):
@@ -122,16 +168,23 @@ def test_a_step_that_saved_its_work_goes_on_at_once(run):
 def test_the_full_form_takes_the_most_telling_first(run):
     done, calls = run({}, "--minutes", "9")  # the stand-in finds a GPU
     assert done.returncode == 0, done.stderr
+    assert "gpu smoke" in calls[0]
+    headline = [c for c in calls if "--objective" in c]
+    assert len(headline) == 4
+    floor_and_four_peers = headline[1].split("--peers ")[1]
+    assert floor_and_four_peers == "bare GEMMs eager Liger chunked cut-cross-entropy humanline"
     order = [
-        "gpu correctness",
+        "gpu smoke",
         "--objective grpo --entry logits --vocab 151936",
-        "--objective grpo --entry logits --vocab 32000",
         "--objective grpo --entry hidden --vocab 151936",
         "--objective dpo --entry hidden --vocab 151936",
+        "--objective grpo --entry logits --vocab 32000",
+        "gpu correctness --",
         "gpu graphs",
         "tests/kernels/test_linear_logps.py",
         "tests/ops/hidden/test_capturable.py",
         "--suite gpu-tokens",
+        "gpu correctness_rest",
         "bench.paper.model",
     ]
     places = [next(i for i, call in enumerate(calls) if part in call) for part in order]
