@@ -11,7 +11,7 @@
 | `report.py`, `plots.py`, `readme.py` | as a terminal table, as plots, in README.md |
 | `model.py` | time and memory predicted up to 1,024 GPUs, checked against what was measured |
 | `traffic.py`, `compile_report.py` | bytes moved, counted; machine code, read |
-| `gpu.sh`, `gpu.py` | all of it on a bare GPU machine, one command |
+| `gpu.sh`, `gpu/`, `card.py` | all of it on a bare GPU machine, one command |
 | `test_speed.py` | the same cases under pytest-benchmark |
 | `results/` | what was measured, as committed |
 """

@@ -304,6 +304,40 @@ def quack_logits(batch: Batch) -> Tensor:
     return batch.loss(-nll)
 
 
+@_peer(
+    "quack, one launch",
+    "logits",
+    package="quack-kernels",
+    objectives=("sft",),
+    gpu=True,
+    note="return_dx: the gradient comes with the loss; the mean is a weight of each class",
+)
+def quack_one_launch(batch: Batch) -> Tensor:
+    return _QuackOneLaunch.apply(batch.logits, batch.labels)
+
+
+class _QuackOneLaunch(torch.autograd.Function):
+    """The mean negative log-prob, whose gradient is written as the logits are read.
+
+    It serves an upstream gradient of 1 alone: another would take a second launch.
+    """
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, labels: Tensor) -> Tensor:
+        from quack.cross_entropy import cross_entropy_fwd
+
+        ctx.shape, vocab = logits.shape, logits.shape[-1]
+        # An equal weight for each class divides loss and gradient by the number of rows at once.
+        mean = torch.full((vocab,), 1 / labels.numel(), device=logits.device)
+        rows, targets = logits.view(-1, vocab), labels.flatten()
+        nll, ctx.gradient = cross_entropy_fwd(rows, targets, weight=mean, return_dx=True)
+        return nll.sum()
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor):
+        return ctx.gradient.view(ctx.shape), None
+
+
 @_peer("quack", "hidden", package="quack-kernels", objectives=("sft",), gpu=True)
 def quack_hidden(batch: Batch) -> Tensor:
     from quack.linear_cross_entropy import chunked_linear_cross_entropy

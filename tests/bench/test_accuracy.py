@@ -1,5 +1,8 @@
 """Every peer that runs here computes the case's loss; one that does not is found out."""
 
+import sys
+import types
+
 import pytest
 import torch
 
@@ -56,3 +59,24 @@ def test_what_cannot_run_says_why():
     assert why_not[OURS] is None
     liger = next(p for p in PEERS if p.name == "Liger chunked" and "dpo" in p.objectives)
     assert liger.why_not(case, "cpu") == "has no humanline clipping: another loss"
+
+
+def test_quack_in_one_launch_is_the_mean_and_its_gradient(monkeypatch):
+    """By a stand-in for its kernel: the sum of weighted losses, and that sum's gradient."""
+
+    def cross_entropy_fwd(x, target, weight, return_dx):
+        with torch.enable_grad():
+            z = x.detach().float().requires_grad_()
+            loss = torch.nn.functional.cross_entropy(z, target, weight, reduction="none")
+            (gradient,) = torch.autograd.grad(loss.sum(), z)
+        return loss.detach(), gradient.to(x.dtype)
+
+    fake = types.ModuleType("quack.cross_entropy")
+    fake.cross_entropy_fwd = cross_entropy_fwd
+    monkeypatch.setitem(sys.modules, "quack", types.ModuleType("quack"))
+    monkeypatch.setitem(sys.modules, "quack.cross_entropy", fake)
+    case = Case("sft", "logits", 64, vocab=200)
+    one_launch = next(p for p in peers_of(case) if p.name == "quack, one launch")
+    found = errors(one_launch, truth(case, "cpu"))
+    assert found.loss < 1e-6 and found.gradient < 1e-6
+    assert one_launch.name not in [p.name for p in peers_of(Case("grpo", "logits"))]
