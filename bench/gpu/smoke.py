@@ -16,7 +16,7 @@ from bench.cases import Case, inputs
 from bench.gpu.steps import DEVICE, _failure, _graph, _losses, _say
 from bench.run import device_is_lost
 
-BOUND = 3e-2  # of a relative error; bfloat16's own are below 1e-2
+BOUND = 1e-2  # of a relative error: a few roundings to bfloat16
 SHAPES = ((40, 328), (37, 301))  # H and V: rows aligned to 16 bytes, and odd
 
 
@@ -62,7 +62,8 @@ def kernels(case: Case) -> dict:
     torch.manual_seed(0)  # the same temperatures and bias
     for found, loss in zip(ours, _losses(truth, "torch"), strict=True):
         expected = loss.detach(), *torch.autograd.grad(loss, truth.leaves)
-        errors += [_relative(*pair) for pair in zip(found, expected, strict=True)]
+        errors.append(_relative(found[0], expected[0], least=1.0))  # a loss may be about 0
+        errors += map(_relative, found[1:], expected[1:])
     return {"errors": errors, "passed": all(error <= BOUND for error in errors)}
 
 
@@ -83,8 +84,8 @@ def products(dtype: torch.dtype) -> dict:
     torch.addmm(in_place, a, b, **wide, out=in_place)
     found["addmm in place"] = in_place, total.double() + exact
     errors = {name: _relative(*pair) for name, pair in found.items()}
-    return {"errors": errors, "passed": all(error <= 1e-5 for error in errors.values())}
+    return {"errors": errors, "passed": all(error <= 1e-4 for error in errors.values())}
 
 
-def _relative(x: torch.Tensor, truth: torch.Tensor) -> float:
-    return ((x.double() - truth.double()).norm() / truth.double().norm().clamp(min=1e-9)).item()
+def _relative(x: torch.Tensor, truth: torch.Tensor, least: float = 1e-9) -> float:
+    return ((x.double() - truth.double()).norm() / truth.double().norm().clamp(min=least)).item()
