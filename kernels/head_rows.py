@@ -3,8 +3,8 @@
 The block ``[n, V]`` is the float32 product of hidden states and weight, in a workspace. A first
 kernel reads it for each row's statistics; a second one, once the rows' coefficients are known,
 reads the rows that have one and writes their gradient in the dtype of the GEMMs that follow, into
-the same memory or a smaller one. Bytes per logit: 4 written by the GEMM, 4 read, then 4 read and 2 written for
-active rows.
+the same memory or a smaller one. Bytes per logit: 4 written by the GEMM, 4 read, then 4 read and 2
+written for active rows.
 """
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .launch import dense, row_config, row_length
 from .rows import (
+    LN2,
     LOG2E,
     inverse_temperature,
     label_logp,
@@ -94,14 +95,16 @@ def humanline_head_softmax(
         SOFTCAP,
         width,
     )
-    label = tl.load(labels_ptr + row)
-    logp = label_logp(row_ptr, label, inverse, m, s, bias_ptr, logit_scale, logit_softcap, SOFTCAP)
+    label = tl.load(labels_ptr + row).to(tl.int32)
+    logp = label_logp(
+        row_ptr, label, inverse, m, s, V, bias_ptr, logit_scale, logit_softcap, SOFTCAP
+    )
     tl.store(logps_ptr + row, logp)
     tl.store(max_ptr + row, m)
     tl.store(sum_ptr + row, s)
     entropy = 0.0
     if ENTROPY:
-        entropy = row_entropy(inverse, s, t)
+        entropy = row_entropy(LN2, s, t)
         tl.store(entropy_ptr + row, entropy)
     if TOKEN_LOSS:
         write_token_loss(
@@ -179,7 +182,7 @@ def humanline_head_gradient(
         dz_ptr + place * out_stride,
         z_ptr + row.to(tl.int64) * row_stride,
         V,
-        tl.load(labels_ptr + row),
+        tl.load(labels_ptr + row).to(tl.int32),
         inverse_temperature(temperature_ptr, row, TEMPERATURE_PER_ROW),
         tl.load(max_ptr + row),
         tl.load(sum_ptr + row),

@@ -4,6 +4,7 @@
 - It multiplies the bit patterns of bfloat16 matrices as integers.
 - It multiplies the others by numpy's BLAS, whose order of summation, and with it the last bits of a
   row, depends on the processor and on the rows around it. No program on a GPU knows of these.
+- It rounds a fused multiply-add twice, until Triton 3.9: what a subtraction cancels is then noise.
 - Triton 3.6 ends a loop at a number that a kernel loaded, such as a count of rows, by a conversion
   that numpy 2.4 refuses.
 
@@ -29,6 +30,7 @@ def correct_interpreter() -> None:
         return
     interpreter._convert_float = _rounding_to_nearest(interpreter)
     interpreter.InterpreterBuilder.create_dot = _multiplying_in_order(interpreter)
+    interpreter.InterpreterBuilder.create_fma = _fusing(interpreter)
     interpreter._patch_lang_tensor = _with_index(interpreter._patch_lang_tensor)
 
 
@@ -64,6 +66,19 @@ def _multiplying_in_order(interpreter):
         return interpreter.TensorHandle(total.astype(d.data.dtype), d.dtype.scalar)
 
     return dot
+
+
+def _fusing(interpreter):
+    create_fma = interpreter.InterpreterBuilder.create_fma
+
+    def fma(self, x, y, z):
+        if z.dtype.scalar.name != "fp32":
+            return create_fma(self, x, y, z)
+        # A product of float32 is a float64; of the sum's two roundings the first one is 2²⁹ finer.
+        total = x.data.astype("float64") * y.data + z.data
+        return interpreter.TensorHandle(total.astype("float32"), z.dtype.scalar)
+
+    return fma
 
 
 def _as_float32(x):

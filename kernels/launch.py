@@ -75,9 +75,9 @@ ROW_WARPS: dict[str, dict[int, int]] = {
     "any": {4_096: 4, 16_384: 8, 65_536: 16, sys.maxsize: 32},
 }
 
-# Bytes of a row that a thread takes a step. Of an aligned one, two 16-byte loads in flight; another
-# is loaded an element at a time, and the elements of a longer step do not fit into 64 registers.
-LANE_BYTES = {"aligned": 32, "unaligned": 16}
+# Bytes of a tile that are a thread's. Of an aligned row, one load; another is loaded an element at
+# a time, see rows.tiles_in_flight.
+LANE_BYTES = {"aligned": 16, "unaligned": 8}
 
 
 @lru_cache

@@ -1,8 +1,15 @@
 """Device functions on one row of logits: its log-sum-exp, and its gradient.
 
-A row is walked in tiles ``[LANES, PER_LANE]``, ``PER_LANE`` adjacent elements to a thread, so that
-a thread loads 16 bytes at a time and keeps a running maximum and sum of its own; the threads meet
-once, at the end of the row. Arithmetic is float32 throughout.
+A row is walked in tiles ``[LANES, PER_LANE]``, ``PER_LANE`` adjacent elements to a thread: what it
+loads at a time. Several tiles are loaded before the first of them is used, so that a thread has as
+many loads in flight; it keeps a running maximum and sum of its own, and the threads meet once, at
+the end of the row. Arithmetic is float32 throughout, exponentials are to base 2:
+
+    y = z · scale − c,  scale = log2(e) / temperature,  c = max z · scale
+
+is one multiply-add a logit. Rounding c loses digits of a logit of 1e4, the same ones for all of a
+row, and of the maximum itself exactly the remainder ``r = max z · scale − c``: with it the sums are
+those of ``2^((z − max z) · scale)``, whose largest term is 1 to the last bit.
 """
 
 import triton
@@ -10,6 +17,9 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+# Below every maximum: finite, so that no difference of two maxima is NaN.
+LOWEST = tl.constexpr(-1e30)
+IGNORE_INDEX = tl.constexpr(-100)
 
 
 @triton.jit
@@ -36,6 +46,12 @@ def inverse_temperature(temperature_ptr, row, PER_ROW: tl.constexpr):
 @triton.jit
 def tile_columns(LANES: tl.constexpr, PER_LANE: tl.constexpr):
     return tl.arange(0, LANES)[:, None] * PER_LANE + tl.arange(0, PER_LANE)[None, :]
+
+
+@triton.jit
+def like(x, tile):
+    """A scalar as a tile; Triton's fma takes nothing else."""
+    return tl.full(tile.shape, x, tl.float32)
 
 
 @triton.jit
@@ -75,25 +91,38 @@ def head_options(z, columns, inside, bias_ptr, logit_scale, logit_softcap, SOFTC
 
 
 @triton.jit
-def load_logits(
+def tiles_in_flight(row_ptr, PER_LANE: tl.constexpr):
+    """Tiles to load before the first is used: four, where a thread loads 16 bytes at a time.
+
+    Elsewhere it loads an element at a time, of which one tile is as many as there are registers.
+    """
+    wide: tl.constexpr = PER_LANE * row_ptr.dtype.element_ty.primitive_bitwidth >= 128
+    tiles: tl.constexpr = 4 if wide else 1
+    return tiles
+
+
+@triton.jit
+def load_tiles(
     row_ptr,
+    start,
     columns,
-    V,
     width,
-    bias_ptr,
-    logit_scale,
-    logit_softcap,
-    SOFTCAP: tl.constexpr,
+    TILES: tl.constexpr,
+    TILE: tl.constexpr,
+    INSIDE: tl.constexpr,
     EVICTION: tl.constexpr,
 ):
-    """Logits of a row at these columns, of which there are ``width`` in memory, and their slopes,
-    see head_options; from V on they are to be ignored."""
-    z = tl.load(
-        row_ptr + columns, mask=columns < width, other=float("-inf"), eviction_policy=EVICTION
-    )
-    return head_options(
-        z.to(tl.float32), columns, columns < V, bias_ptr, logit_scale, logit_softcap, SOFTCAP
-    )
+    """So many tiles of a row from ``start`` on; −inf beyond ``width``, if they are not all INSIDE
+    of it."""
+    tiles = ()
+    for i in tl.static_range(TILES):
+        at = start + i * TILE + columns
+        if INSIDE:
+            z = tl.load(row_ptr + at, eviction_policy=EVICTION)
+        else:
+            z = tl.load(row_ptr + at, at < width, other=float("-inf"), eviction_policy=EVICTION)
+        tiles = tiles + (z,)  # noqa: RUF005 (Triton knows no starred tuple)
+    return tiles
 
 
 @triton.jit
@@ -125,6 +154,37 @@ def merge(m, s, t, scale, ENTROPY: tl.constexpr):
 
 
 @triton.jit
+def add_tiles(m, c, s, t, tiles, scale, ENTROPY: tl.constexpr):
+    """Each thread's ``m = max z, c = m · scale, s = Σ 2^y, t = Σ 2^y y`` with some tiles added.
+
+    ``c`` is carried along: recomputed, it might be fused into the difference of two of them.
+    """
+    for i in tl.static_range(len(tiles)):
+        m = tl.maximum(m, tl.max(tiles[i].to(tl.float32), 1))
+    top = tl.maximum(c, m * scale)
+    shift = c - top
+    shrink = tl.exp2(shift)
+    if ENTROPY:
+        t = (t + s * shift) * shrink
+    s *= shrink
+    for i in tl.static_range(len(tiles)):
+        z = tiles[i].to(tl.float32)
+        y = tl.fma(z, like(scale, z), tl.broadcast_to(-top[:, None], z.shape))
+        e = tl.exp2(y)
+        s += tl.sum(e, 1)
+        if ENTROPY:
+            t += tl.sum(tl.where(e > 0, e * y, 0.0), 1)
+    return m, top, s, t
+
+
+@triton.jit
+def rounded_maximum(m, scale):
+    """``c``, the product ``m · scale`` as rounded, and what it lacks."""
+    c = m * scale
+    return c, tl.fma(m, scale, -c)
+
+
+@triton.jit
 def row_statistics(
     row_ptr,
     V,
@@ -137,29 +197,60 @@ def row_statistics(
     logit_softcap=0.0,
     SOFTCAP: tl.constexpr = False,
     width=None,
+    EVICTION: tl.constexpr = "evict_last",
 ):
-    """Maximum ``m`` of the row ``z``, ``s = Σ 2^((z−m) scale)``, and with ENTROPY
-    ``t = Σ 2^((z−m) scale) (z−m)``.
+    """Maximum ``m`` of the row ``z``, ``s = Σ 2^y`` with ``y = (z − m) · scale``, and with ENTROPY
+    ``t = Σ 2^y y``.
 
-    The maximum is subtracted before the scale is applied, where it is exact: at logits of 1e4 the
-    product alone would lose three digits. ``width`` elements of the row may be read, if that is
-    more than V: a multiple of 16 lets a row of any length be loaded 16 bytes at a time.
+    ``width`` elements of the row may be read, if that is more than V: a multiple of 16 lets a row
+    of any length be loaded 16 bytes at a time. EVICTION "evict_last" is for a row that is read
+    again soon.
     """
+    TILES: tl.constexpr = tiles_in_flight(row_ptr, PER_LANE)
+    TILE: tl.constexpr = LANES * PER_LANE
+    OPTIONS: tl.constexpr = SOFTCAP or bias_ptr is not None
     columns = tile_columns(LANES, PER_LANE)
-    scales = tl.full([LANES], scale, tl.float32)
-    m = tl.full([LANES], float("-inf"), tl.float32)
+    m = tl.full([LANES], LOWEST, tl.float32)
+    c = tl.full([LANES], LOWEST, tl.float32)
     s = tl.zeros([LANES], tl.float32)
     t = tl.zeros([LANES], tl.float32)
+    if not OPTIONS:  # a scale alone is that of the temperature
+        scale *= logit_scale
     if width is None:
         width = V
-    for start in range(0, V, LANES * PER_LANE):
+    whole = V // (TILE * TILES) * (TILE * TILES)
+    if not OPTIONS:
+        for start in range(0, whole, TILE * TILES):
+            tiles = load_tiles(row_ptr, start, columns, width, TILES, TILE, True, EVICTION)
+            m, c, s, t = add_tiles(m, c, s, t, tiles, scale, ENTROPY)
+    else:
+        whole = 0
+    for start in range(whole, V, TILE):
         at = start + columns
-        z, _ = load_logits(
-            row_ptr, at, V, width, bias_ptr, logit_scale, logit_softcap, SOFTCAP, "evict_last"
-        )
+        tiles = load_tiles(row_ptr, start, columns, width, 1, TILE, False, EVICTION)
+        z = tiles[0].to(tl.float32)
+        if OPTIONS:
+            z, _ = head_options(z, at, at < V, bias_ptr, logit_scale, logit_softcap, SOFTCAP)
         z = tl.where(at < V, z, float("-inf"))
-        m, s, t = add_tile(m, s, t, z, scales, ENTROPY)
-    return merge(m, s, t, scale, ENTROPY)
+        m, c, s, t = add_tiles(m, c, s, t, (z,), scale, ENTROPY)
+    top = tl.max(c, 0)
+    shift = c - top
+    shrink = tl.exp2(shift)
+    m = tl.max(m, 0)
+    remainder = tl.fma(m, scale, -top)
+    largest = tl.exp2(remainder)
+    total = tl.sum(s * shrink, 0)
+    t_all = 0.0
+    if ENTROPY:
+        t_all = (tl.sum((t + s * shift) * shrink, 0) - total * remainder) / largest
+    return m, tl.div_rn(total, largest), t_all
+
+
+@triton.jit
+def label_logit(row_ptr, label, V):
+    """The label's element of a row; NaN of a label that is none, which reads nothing."""
+    inside = (label >= 0) & (label < V)
+    return tl.load(row_ptr + label, inside, other=float("nan")).to(tl.float32)
 
 
 @triton.jit
@@ -169,21 +260,50 @@ def label_logp(
     inverse_temperature,
     m,
     s,
+    V,
     bias_ptr=None,
     logit_scale=1.0,
     logit_softcap=0.0,
     SOFTCAP: tl.constexpr = False,
 ):
     """Log-prob in nats of the label, from the row's statistics."""
-    z = tl.load(row_ptr + label).to(tl.float32)
-    z, _ = head_options(z, label, True, bias_ptr, logit_scale, logit_softcap, SOFTCAP)
+    z = label_logit(row_ptr, label, V)
+    if SOFTCAP or bias_ptr is not None:
+        inside = (label >= 0) & (label < V)
+        z, _ = head_options(z, label, inside, bias_ptr, logit_scale, logit_softcap, SOFTCAP)
+    else:
+        inverse_temperature *= logit_scale
     return (z - m) * inverse_temperature - tl.log(s)
 
 
 @triton.jit
-def row_entropy(inverse_temperature, s, t):
-    """Entropy in nats, from the row's statistics."""
-    return tl.log(s) - t / s * inverse_temperature
+def scaled_logits(
+    z,
+    columns,
+    inside,
+    inverse_temperature,
+    bias_ptr,
+    logit_scale,
+    logit_softcap,
+    SOFTCAP: tl.constexpr,
+):
+    """From a head's product ``z``: logits, what they are to be multiplied by, their slope.
+
+    The same numbers as in row_statistics, bit for bit.
+    """
+    scale = inverse_temperature * LOG2E
+    slope = logit_scale
+    if SOFTCAP or bias_ptr is not None:
+        z, slope = head_options(z, columns, inside, bias_ptr, logit_scale, logit_softcap, SOFTCAP)
+    else:
+        scale *= logit_scale
+    return z, scale, slope
+
+
+@triton.jit
+def row_entropy(nats, s, t):
+    """Entropy in nats, from the row's statistics; ``t`` is in units of so many nats."""
+    return tl.log(s) - t / s * nats
 
 
 @triton.jit
@@ -213,6 +333,53 @@ def logit_gradient(
 
 
 @triton.jit
+def write_tiles(
+    grad_ptr,
+    tiles,
+    start,
+    columns,
+    V,
+    width,
+    inverse_temperature,
+    c,
+    by_exp,
+    by_exp_y,
+    bias_ptr,
+    logit_scale,
+    logit_softcap,
+    TILE: tl.constexpr,
+    INSIDE: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    ENTROPY: tl.constexpr,
+):
+    """``2^y (by_exp + by_exp_y · y)`` of some tiles, by the head's slope."""
+    for i in tl.static_range(len(tiles)):
+        at = start + i * TILE + columns
+        z, scale, slope = scaled_logits(
+            tiles[i].to(tl.float32),
+            at,
+            at < V,
+            inverse_temperature,
+            bias_ptr,
+            logit_scale,
+            logit_softcap,
+            SOFTCAP,
+        )
+        y = tl.fma(z, like(scale, z), like(-c, z))
+        e = tl.exp2(y)
+        factor = by_exp
+        if ENTROPY:
+            factor = tl.where(e > 0, tl.fma(y, like(by_exp_y, y), like(by_exp, y)), 0.0)
+        if SOFTCAP:
+            factor *= slope
+        grad = (e * factor).to(grad_ptr.dtype.element_ty)
+        if INSIDE:
+            tl.store(grad_ptr + at, grad)
+        else:
+            tl.store(grad_ptr + at, grad, at < width)
+
+
+@triton.jit
 def write_gradient(
     grad_ptr,
     row_ptr,
@@ -234,41 +401,124 @@ def write_gradient(
     SOFTCAP: tl.constexpr = False,
     width=None,
     OVERLAP: tl.constexpr = False,
+    BACKWARDS: tl.constexpr = False,
 ):
-    """Write ``(g (onehot − p) + g_entropy (−p log p − p H)) / temperature``, each element once.
+    """Write ``(g (onehot − p) + g_entropy (−p log p − p H)) / temperature``.
 
     ``m`` and ``s`` are the row's statistics, ``logp`` and ``entropy`` in nats. The gradient is that
     of the head's product where options of the head are given, see head_options. ``width`` as in
-    row_statistics: so many elements are written. OVERLAP says that the gradient, of elements no
-    wider than the logits', may start where the row does.
+    row_statistics: so many elements are written. The gradient may overwrite its row. OVERLAP says
+    that its elements may be narrower: what a tile's are written over lies in this tile or before
+    it. BACKWARDS walks a row that was just read from its end, the youngest in the caches.
     """
+    TILES: tl.constexpr = tiles_in_flight(row_ptr, PER_LANE)
+    TILE: tl.constexpr = LANES * PER_LANE
+    OPTIONS: tl.constexpr = SOFTCAP or bias_ptr is not None
     if width is None:
         width = V
-    scale = inverse_temperature * LOG2E
-    log2_s = tl.log2(s)
     columns = tile_columns(LANES, PER_LANE)
+    is_label = (label >= 0) & (label < V)
+    _, scale, slope = scaled_logits(
+        label_logit(row_ptr, label, V),
+        label,
+        is_label,
+        inverse_temperature,
+        bias_ptr,
+        logit_scale,
+        logit_softcap,
+        SOFTCAP,
+    )
+    c, remainder = rounded_maximum(m, scale)
+    # 1 − p from the log-prob: the difference would cancel where p is 1.
     at_label = g * one_minus_exp(logp)
-    for start in range(0, V, LANES * PER_LANE):
-        at = start + columns
-        z, slope = load_logits(
-            row_ptr, at, V, width, bias_ptr, logit_scale, logit_softcap, SOFTCAP, "evict_first"
-        )
-        if OVERLAP:  # what is written lies in this tile or before it: every warp must have read it
+    by_exp = -g
+    by_exp_y = 0.0
+    if ENTROPY:
+        at_label -= g_entropy * tl.exp(logp) * (logp + entropy)
+        by_exp -= g_entropy * (entropy - tl.log(s) - remainder * LN2)
+        by_exp_y = -g_entropy * LN2
+    at_label *= inverse_temperature * slope
+    factor = inverse_temperature / (s * tl.exp2(remainder))
+    if not SOFTCAP:
+        factor *= logit_scale
+    by_exp *= factor
+    by_exp_y *= factor
+    tl.debug_barrier()  # every warp has the label's logit, which the first tiles may overwrite
+    whole = 0
+    if not OPTIONS:
+        whole = V // (TILE * TILES) * (TILE * TILES)
+    if BACKWARDS:
+        for start in range(whole, V, TILE):
+            tiles = load_tiles(row_ptr, start, columns, width, 1, TILE, False, "evict_first")
+            write_tiles(
+                grad_ptr,
+                tiles,
+                start,
+                columns,
+                V,
+                width,
+                inverse_temperature,
+                c,
+                by_exp,
+                by_exp_y,
+                bias_ptr,
+                logit_scale,
+                logit_softcap,
+                TILE,
+                False,
+                SOFTCAP,
+                ENTROPY,
+            )
+    for step in range(0, whole, TILE * TILES):
+        start = whole - TILE * TILES - step if BACKWARDS else step
+        tiles = load_tiles(row_ptr, start, columns, width, TILES, TILE, True, "evict_first")
+        if OVERLAP:
             tl.debug_barrier()
-        grad = logit_gradient(
-            z,
-            at == label,
-            at_label,
-            m,
-            log2_s,
-            scale,
-            entropy,
-            g,
-            g_entropy,
+        write_tiles(
+            grad_ptr,
+            tiles,
+            start,
+            columns,
+            V,
+            width,
+            inverse_temperature,
+            c,
+            by_exp,
+            by_exp_y,
+            bias_ptr,
+            logit_scale,
+            logit_softcap,
+            TILE,
+            True,
+            SOFTCAP,
             ENTROPY,
         )
-        grad = (grad * inverse_temperature * slope).to(grad_ptr.dtype.element_ty)
-        tl.store(grad_ptr + at, grad, at < width)
+    if not BACKWARDS:
+        for start in range(whole, V, TILE):
+            tiles = load_tiles(row_ptr, start, columns, width, 1, TILE, False, "evict_first")
+            if OVERLAP:
+                tl.debug_barrier()
+            write_tiles(
+                grad_ptr,
+                tiles,
+                start,
+                columns,
+                V,
+                width,
+                inverse_temperature,
+                c,
+                by_exp,
+                by_exp_y,
+                bias_ptr,
+                logit_scale,
+                logit_softcap,
+                TILE,
+                False,
+                SOFTCAP,
+                ENTROPY,
+            )
+    tl.debug_barrier()  # the label's element is written twice, by two threads
+    tl.store(grad_ptr + label, at_label.to(grad_ptr.dtype.element_ty), is_label)
 
 
 @triton.jit

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from .launch import RowTensor, dense, row_config
 from .rows import (
+    IGNORE_INDEX,
+    LN2,
     LOG2E,
     inverse_temperature,
     label_logp,
@@ -44,8 +46,8 @@ def humanline_token_logps(
     PER_LANE: tl.constexpr,
 ):
     row = tl.program_id(0)
-    label = tl.load(labels_ptr + row)
-    if label < 0:
+    label = tl.load(labels_ptr + row).to(tl.int32)
+    if label == IGNORE_INDEX:
         tl.store(logps_ptr + row, 0.0)
         tl.store(max_ptr + row, 0.0)
         tl.store(sum_ptr + row, 1.0)
@@ -54,12 +56,14 @@ def humanline_token_logps(
         return
     row_ptr = logits_ptr + row_offset(row, rows_per_batch, batch_stride_rows, row_stride)
     inverse = inverse_temperature(temperature_ptr, row, TEMPERATURE_PER_ROW)
-    m, s, t = row_statistics(row_ptr, V, inverse * LOG2E, ENTROPY, LANES, PER_LANE)
-    tl.store(logps_ptr + row, label_logp(row_ptr, label, inverse, m, s))
+    m, s, t = row_statistics(
+        row_ptr, V, inverse * LOG2E, ENTROPY, LANES, PER_LANE, EVICTION="evict_first"
+    )
+    tl.store(logps_ptr + row, label_logp(row_ptr, label, inverse, m, s, V))
     tl.store(max_ptr + row, m)
     tl.store(sum_ptr + row, s)
     if ENTROPY:
-        tl.store(entropy_ptr + row, row_entropy(inverse, s, t))
+        tl.store(entropy_ptr + row, row_entropy(LN2, s, t))
 
 
 @triton.jit(do_not_specialize=[*_LENGTHS, "grad_rows_per_batch", "grad_batch_stride_rows"])
@@ -88,7 +92,7 @@ def humanline_token_logps_gradient(
 ):
     row = tl.program_id(0)
     grad_ptr += row_offset(row, grad_rows_per_batch, grad_batch_stride_rows, grad_row_stride)
-    label = tl.load(labels_ptr + row)
+    label = tl.load(labels_ptr + row).to(tl.int32)
     g = tl.load(g_ptr + row).to(tl.float32)
     g_entropy = 0.0
     entropy = 0.0
@@ -97,7 +101,7 @@ def humanline_token_logps_gradient(
         g_entropy = tl.load(g_entropy_ptr + row).to(tl.float32)
         entropy = tl.load(entropy_ptr + row)
         active = active | (g_entropy != 0)
-    if (label < 0) | (active == 0):
+    if (label == IGNORE_INDEX) | (active == 0):
         write_zeros(grad_ptr, V, LANES, PER_LANE)
         return
     row_ptr = logits_ptr + row_offset(row, rows_per_batch, batch_stride_rows, row_stride)
@@ -129,7 +133,8 @@ def token_logps_forward(
 
     Args:
         logits: ``[..., V]``, any strides, float32, bfloat16 or float16.
-        labels: integer, ``N`` of them; rows labelled below 0 give 0.
+        labels: integer, ``N`` of them; rows labelled -100 give 0, others that are
+            not in ``[0, V)`` NaN.
         temperature: a scalar, or ``N`` values.
     """
     rows = RowTensor.of(logits)

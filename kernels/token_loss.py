@@ -15,6 +15,8 @@ from torch import Tensor
 from .launch import RowTensor, dense, row_config
 from .policy_loss import KINDS, PENALTIES, policy_loss
 from .rows import (
+    IGNORE_INDEX,
+    LN2,
     LOG2E,
     inverse_temperature,
     label_logp,
@@ -69,8 +71,8 @@ def humanline_token_loss(
 ):
     row = tl.program_id(0)
     grad_ptr += row_offset(row, grad_rows_per_batch, grad_batch_stride_rows, grad_row_stride)
-    label = tl.load(labels_ptr + row)
-    if label < 0:
+    label = tl.load(labels_ptr + row).to(tl.int32)
+    if label == IGNORE_INDEX:
         tl.store(logps_ptr + row, 0.0)
         tl.store(loss_ptr + row, 0.0)
         tl.store(g_ptr + row, 0.0)
@@ -81,9 +83,7 @@ def humanline_token_loss(
     row_ptr = logits_ptr + row_offset(row, rows_per_batch, batch_stride_rows, row_stride)
     inverse = inverse_temperature(temperature_ptr, row, TEMPERATURE_PER_ROW)
     m, s, t = row_statistics(row_ptr, V, inverse * LOG2E, ENTROPY, LANES, PER_LANE)
-    logp = label_logp(row_ptr, label, inverse, m, s)
-    # In place, a fast warp must not overwrite the label's logit before every warp has read it.
-    tl.debug_barrier()
+    logp = label_logp(row_ptr, label, inverse, m, s, V)
     loss, g = policy_loss(
         logp,
         row_value(anchor_ptr, row, not ON_POLICY, logp),
@@ -106,7 +106,7 @@ def humanline_token_loss(
     entropy = 0.0
     g_entropy = 0.0
     if ENTROPY:
-        entropy = row_entropy(inverse, s, t)
+        entropy = row_entropy(LN2, s, t)
         g_entropy = tl.load(entropy_weight_ptr).to(tl.float32)
         loss += g_entropy * entropy
         tl.store(entropy_ptr + row, entropy)
@@ -131,6 +131,7 @@ def humanline_token_loss(
         ENTROPY,
         LANES,
         PER_LANE,
+        BACKWARDS=True,
     )
 
 
@@ -160,7 +161,8 @@ def token_loss(
 
     Args:
         logits: ``[..., V]``, any strides.
-        labels: integer, ``N`` of them; rows labelled below 0 take no part.
+        labels: integer, ``N`` of them; rows labelled -100 take no part; the log-prob of
+            another that is not in ``[0, V)`` is NaN.
         temperature: a scalar, or ``N`` values.
         grad: where to write the gradient; the logits themselves will do.
         kind: "clipped", "cispo", "sapo" or "nll"; the latter looks at nothing below but weight.

@@ -6,7 +6,7 @@ while the logits are still there.
 | | nothing | 1F | log-probs |
 | triton | head trains, no entropy term | 1F + 2F·active | rows wait for one another, stacked.py |
 | triton | token-level, exists as a device function | 1F + 2F·active | the same |
-| torch, or entropy | rows that depend on one another fit a block | 1F + 2F·active | gradient in the forward, here |
+| torch, or entropy | what hangs together fits a block | 1F + 2F·active | in the forward, here |
 | | else, frozen head, no entropy term | 2F | log-probs, which form dH in the forward |
 | | else | 1F + 3F·active | log-probs, which recompute the active rows in the backward |
 
