@@ -41,6 +41,7 @@ from torch import Tensor
 
 from .launch import GemmConfig, dense, gemm_config, gemm_target, operand, row_group
 from .rows import (
+    IGNORE_INDEX,
     LOG2E,
     add_tile,
     head_options,
@@ -224,7 +225,10 @@ def humanline_linear_logps(
     tl.store(sum_ptr + out, s, inside)
     if ENTROPY:
         tl.store(t_ptr + out, t, inside)
-    tl.store(picked_ptr + position, picked, (label >= first) & (label < last))
+    # A label that is none is nowhere picked: the last chunk answers for it.
+    none = (label >= V) & (last == V)
+    picked = tl.where(none, float("nan"), picked)
+    tl.store(picked_ptr + position, picked, ((label >= first) & (label < last)) | none)
 
 
 @triton.jit
@@ -251,7 +255,8 @@ def humanline_linear_merge(
     row = tl.program_id(0).to(tl.int64)
     inside = row < tl.load(count_ptr) if COUNT else True
     source = tl.load(index_ptr + row, inside, other=0).to(tl.int64) if INDEX else row
-    if tl.load(labels_ptr + source, inside, other=-1) < 0:
+    label = tl.load(labels_ptr + source, inside, other=IGNORE_INDEX)
+    if label == IGNORE_INDEX:
         tl.store(logps_ptr + row, 0.0)
         tl.store(row_max_ptr + row, 0.0)
         tl.store(row_sum_ptr + row, 1.0)
@@ -263,9 +268,10 @@ def humanline_linear_merge(
     m = tl.load(max_ptr + at, there, other=float("-inf"))
     s = tl.load(sum_ptr + at, there, other=0.0)
     t = tl.load(t_ptr + at, there, other=0.0) if ENTROPY else m
+    picked = tl.load(picked_ptr + row, label >= 0, other=float("nan"))
     inverse = inverse_temperature(temperature_ptr, source, TEMPERATURE_PER_ROW)
     m, s, t = merge(m, s, t, inverse * LOG2E, ENTROPY)
-    tl.store(logps_ptr + row, (tl.load(picked_ptr + row) - m) * inverse - tl.log(s))
+    tl.store(logps_ptr + row, (picked - m) * inverse - tl.log(s))
     tl.store(row_max_ptr + row, m)
     tl.store(row_sum_ptr + row, s)
     if ENTROPY:
@@ -421,7 +427,8 @@ def linear_logps_forward(
         hidden: ``[N, H]``, float32, bfloat16 or float16; copied unless its rows are contiguous.
         weight: ``[V, H]``, the same dtype. Both are read by TMA on sm_90 and sm_100 where rows are
             aligned to 16 bytes. float32 is multiplied in full float32, without tensor cores.
-        labels: integer ``[N]``; rows labelled below 0 give 0 (maximum 0, sum 1).
+        labels: integer ``[N]``; rows labelled -100 give 0 (maximum 0, sum 1), others that
+            are not in ``[0, V)`` NaN.
         bias: ``[V]``.
         temperature: a scalar, or ``[N]``.
         index: integer ``[n]``, the rows to take, gathered as they are read; all N in order if None.

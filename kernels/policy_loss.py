@@ -30,6 +30,7 @@ PENALTIES = {None: NO_KL, "k1": K1, "k3": K3, "k3·ratio": K3_TIMES_RATIO}
 def perceive(d, log_eps_P, log_eps_R):
     """Humanline clipping ``c(d)`` and ``dc/dd``; infinite bounds are the identity."""
     c = tl.minimum(tl.maximum(d, log_eps_P), log_eps_R)
+    c = tl.where(d == d, c, d)  # minimum and maximum lose a NaN
     return c, tl.where((d >= log_eps_P) & (d <= log_eps_R), 1.0, 0.0)
 
 
@@ -124,4 +125,6 @@ def policy_loss(
                 kl, kl_slope = k3(d)
             loss += beta * kl
             g += beta * kl_slope
-    return loss, g
+    # Minimum, maximum and comparisons lose a NaN: a policy that has diverged would not show.
+    known = logp - anchor + advantage
+    return tl.where(known == known, loss, known), tl.where(known == known, g, known)

@@ -55,7 +55,7 @@ def pair_loss(w, l, beta, p, q, KIND: tl.constexpr):
         return loss * scale, beta * slope * scale, -beta * slope * scale
     elif KIND == "hinge":
         slope = tl.where(x < 1.0, -beta, 0.0)
-        return tl.maximum(1.0 - x, 0.0), slope, -slope
+        return tl.maximum(1.0 - x, 0.0, tl.PropagateNan.ALL), slope, -slope
     elif KIND == "ipo":
         off = w - l - 0.5 / beta
         return off * off, 2.0 * off, -2.0 * off
@@ -100,7 +100,7 @@ def pair_loss(w, l, beta, p, q, KIND: tl.constexpr):
         return -log_sigmoid(x - p), -beta * tl.sigmoid(p - x), beta * tl.sigmoid(p - x)
     elif KIND == "slic":
         slope = tl.where(w - l < p, 1.0, 0.0)
-        return tl.maximum(p - (w - l), 0.0) - q * w, -slope - q, slope
+        return tl.maximum(p - (w - l), 0.0, tl.PropagateNan.ALL) - q * w, -slope - q, slope
     else:
         tl.static_assert(KIND == "sigmoid_norm")
         return -log_sigmoid(x), -beta * tl.sigmoid(-x), beta * tl.sigmoid(-x)
