@@ -86,6 +86,7 @@ def humanline_head_softmax(
         row_ptr,
         V,
         inverse * LOG2E,
+        "evict_last",  # for the gradient's kernel, which begins with the rows that come last here
         ENTROPY,
         LANES,
         PER_LANE,

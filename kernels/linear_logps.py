@@ -379,9 +379,15 @@ def humanline_linear_gradient(
     tl.store(out, dz, (position < n)[:, None] & (columns < V)[None, :])
 
 
+_NEWER = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 8)
+
+
 def forward_columns(bias: bool, softcap: bool) -> int:
-    """Columns of a tile that leave the epilogue enough registers: those of the compile report."""
-    return 128 if bias or softcap else 256
+    """Columns of a tile that leave the epilogue enough registers: those of the compile report.
+
+    From Triton 3.8 on the compiler needs more of them for the same code.
+    """
+    return 128 if bias or softcap or _NEWER else 256
 
 
 def gradient_columns(entropy: bool, softcap: bool) -> int:

@@ -90,15 +90,13 @@ def head_options(z, columns, inside, bias_ptr, logit_scale, logit_softcap, SOFTC
     return z, slope
 
 
-@triton.jit
-def tiles_in_flight(row_ptr, PER_LANE: tl.constexpr):
+@triton.constexpr_function
+def tiles_in_flight(lane_bits):
     """Tiles to load before the first is used: four, where a thread loads 16 bytes at a time.
 
     Elsewhere it loads an element at a time, of which one tile is as many as there are registers.
     """
-    wide: tl.constexpr = PER_LANE * row_ptr.dtype.element_ty.primitive_bitwidth >= 128
-    tiles: tl.constexpr = 4 if wide else 1
-    return tiles
+    return 4 if lane_bits >= 128 else 1
 
 
 @triton.jit
@@ -189,6 +187,7 @@ def row_statistics(
     row_ptr,
     V,
     scale,
+    EVICTION: tl.constexpr,
     ENTROPY: tl.constexpr,
     LANES: tl.constexpr,
     PER_LANE: tl.constexpr,
@@ -197,7 +196,6 @@ def row_statistics(
     logit_softcap=0.0,
     SOFTCAP: tl.constexpr = False,
     width=None,
-    EVICTION: tl.constexpr = "evict_last",
 ):
     """Maximum ``m`` of the row ``z``, ``s = Σ 2^y`` with ``y = (z − m) · scale``, and with ENTROPY
     ``t = Σ 2^y y``.
@@ -206,7 +204,8 @@ def row_statistics(
     of any length be loaded 16 bytes at a time. EVICTION "evict_last" is for a row that is read
     again soon.
     """
-    TILES: tl.constexpr = tiles_in_flight(row_ptr, PER_LANE)
+    BITS: tl.constexpr = PER_LANE * row_ptr.dtype.element_ty.primitive_bitwidth
+    TILES: tl.constexpr = tiles_in_flight(BITS)
     TILE: tl.constexpr = LANES * PER_LANE
     OPTIONS: tl.constexpr = SOFTCAP or bias_ptr is not None
     columns = tile_columns(LANES, PER_LANE)
@@ -411,7 +410,8 @@ def write_gradient(
     that its elements may be narrower: what a tile's are written over lies in this tile or before
     it. BACKWARDS walks a row that was just read from its end, the youngest in the caches.
     """
-    TILES: tl.constexpr = tiles_in_flight(row_ptr, PER_LANE)
+    BITS: tl.constexpr = PER_LANE * row_ptr.dtype.element_ty.primitive_bitwidth
+    TILES: tl.constexpr = tiles_in_flight(BITS)
     TILE: tl.constexpr = LANES * PER_LANE
     OPTIONS: tl.constexpr = SOFTCAP or bias_ptr is not None
     if width is None:

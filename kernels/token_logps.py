@@ -56,9 +56,7 @@ def humanline_token_logps(
         return
     row_ptr = logits_ptr + row_offset(row, rows_per_batch, batch_stride_rows, row_stride)
     inverse = inverse_temperature(temperature_ptr, row, TEMPERATURE_PER_ROW)
-    m, s, t = row_statistics(
-        row_ptr, V, inverse * LOG2E, ENTROPY, LANES, PER_LANE, EVICTION="evict_first"
-    )
+    m, s, t = row_statistics(row_ptr, V, inverse * LOG2E, "evict_first", ENTROPY, LANES, PER_LANE)
     tl.store(logps_ptr + row, label_logp(row_ptr, label, inverse, m, s, V))
     tl.store(max_ptr + row, m)
     tl.store(sum_ptr + row, s)

@@ -82,7 +82,7 @@ def humanline_token_loss(
         return
     row_ptr = logits_ptr + row_offset(row, rows_per_batch, batch_stride_rows, row_stride)
     inverse = inverse_temperature(temperature_ptr, row, TEMPERATURE_PER_ROW)
-    m, s, t = row_statistics(row_ptr, V, inverse * LOG2E, ENTROPY, LANES, PER_LANE)
+    m, s, t = row_statistics(row_ptr, V, inverse * LOG2E, "evict_last", ENTROPY, LANES, PER_LANE)
     logp = label_logp(row_ptr, label, inverse, m, s, V)
     loss, g = policy_loss(
         logp,

@@ -2,10 +2,14 @@
 
     python -m bench.machine_code.compile_report [--vocab 151936] [--dtype bf16] [--targets sm_80,…]
                                                 [--json FILE]
+    python -m bench.machine_code.compile_report --kernel token_loss --target sm_90 --json
 
 Compiles each kernel as its launcher would for rows of this vocabulary and reads the machine code.
 Rows are assumed to be aligned to 16 bytes, which Triton makes sure of when their length and stride
 are multiples of 16 elements; ``--unaligned`` shows what any other costs.
+
+What bounds a row kernel is an estimate from these counts and a card's figures: instructions issued,
+exponentials, bytes moved, and the bytes that its loads keep in flight.
 """
 
 import argparse
@@ -15,7 +19,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "0"  # before Triton is imported: the compiler, not the interpreter
@@ -25,6 +29,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from bench.machine_code.sass import Loop, hot_loops
 from humanline.kernels import (
     head_rows,
     linear_logps,
@@ -117,6 +122,35 @@ GEMMS = {
     "dH": (matmul.humanline_matmul_hidden, {"SCALE": True, "INDEX": True}),
     "dW": (matmul.humanline_matmul_weight, {}),
 }
+# Row kernels as ``--kernel`` names them, and bytes they move per element of a row in the dtype
+# asked for: reads that miss the caches, and writes.
+ROW_KERNELS = {
+    "token_loss": ("loss, clipped", lambda size: 2 * size),
+    "log_sum_exp": ("forward", lambda size: size),
+    "gradient": ("backward", lambda size: 2 * size),
+    "head_softmax": ("block, softmax", lambda size: 4),
+    "head_gradient": ("block, dz", lambda size: 4 + size),
+}
+
+
+@dataclass(frozen=True)
+class Card:
+    """SMs, their clock (Hz) and the memory's bytes a second, from the makers' data sheets."""
+
+    name: str
+    sms: int
+    clock: float
+    bandwidth: float
+
+
+CARDS = {
+    "sm_90": Card("H100 SXM", 132, 1.755e9, 3.35e12),
+    "sm_100": Card("B200", 148, 1.85e9, 8.0e12),
+}
+ISSUE, MUFU = 128, 16  # lanes a cycle of an SM
+LATENCY = 700e-9  # of a load that misses the caches, under load: an estimate
+REGISTERS, THREADS = 65_536, 2_048  # of an SM
+
 # How tiles are loaded and multiplied: what the machine code calls it, what the report does.
 INSTRUCTIONS = {
     **{name: name for name in ("HGMMA", "HMMA", "UTMALDG", "LDGSTS")},  # wgmma, mma, TMA, cp.async
@@ -131,6 +165,11 @@ class Report:
     ``load_bytes`` is what a thread loads at a time: the narrowest load of a row, which only those
     give a cache policy; the widest load of all where there is no row or (AMD) no such mark.
     ``store_bytes`` is the widest store, ``instructions`` those of INSTRUCTIONS that it has.
+
+    Of a row kernel on an NVIDIA card: its hot loops, see sass.py; instructions per element of a
+    row, over all its passes; bytes that an SM's threads have in flight; which of issuing,
+    exponentials (MUFU), memory and latency bounds it on the card of CARDS, and the fraction of the
+    memory's bandwidth that leaves at most, were all of them to overlap.
     """
 
     name: str
@@ -141,6 +180,42 @@ class Report:
     load_bytes: int
     store_bytes: int
     instructions: tuple[str, ...]
+    loops: tuple[Loop, ...] = ()
+    instructions_per_element: float | None = None
+    bytes_in_flight: int | None = None
+    bound: str | None = None
+    fraction_of_bandwidth: float | None = None
+
+
+def with_bounds(report: Report, dtype: str, threads: int, element_bytes: int) -> Report:
+    """The report with what its hot loops say; ``threads`` a program."""
+    if not report.loops:
+        return report
+    registers = -(-report.registers // 8) * 8
+    programs = min(REGISTERS // (registers * threads), THREADS // threads)
+    each = min(loop.loads_before_use * loop.load_bytes for loop in report.loops)
+    report = replace(
+        report,
+        instructions_per_element=round(sum(loop.per_element for loop in report.loops), 2),
+        bytes_in_flight=programs * threads * each,
+    )
+    moved = {name: size for name, size in ROW_KERNELS.values()}.get(report.name)
+    if report.target not in CARDS or moved is None:
+        return report
+    card = CARDS[report.target]
+    mufu = sum(loop.pipes.get("MUFU", 0) / loop.elements for loop in report.loops)
+    seconds = {  # of an element of a row
+        "issue": report.instructions_per_element / (ISSUE * card.sms * card.clock),
+        "MUFU": mufu / (MUFU * card.sms * card.clock),
+        "memory": moved(TORCH_DTYPES[dtype].itemsize) / card.bandwidth,
+        "latency": element_bytes * LATENCY / (report.bytes_in_flight * card.sms),
+    }
+    bound = max(seconds, key=seconds.get)
+    return replace(
+        report,
+        bound=bound,
+        fraction_of_bandwidth=round(seconds["memory"] / seconds[bound], 2),
+    )
 
 
 def compile_variant(name: str, target: str, vocab: int, dtype: str, aligned: bool = True) -> Report:
@@ -162,7 +237,10 @@ def compile_variant(name: str, target: str, vocab: int, dtype: str, aligned: boo
     constants = {**{k: v for k, v in defaults.items() if k in function.arg_names}, **constants}
     types = {a: _type(a, dtype) for a in function.arg_names}
     odd = () if aligned else ("V",) if ours else INTEGERS
-    return _compile(name, target, function, constants, types, odd, num_warps=warps)
+    report = _compile(name, target, function, constants, types, odd, ours, num_warps=warps)
+    if "LANES" not in function.arg_names:
+        return replace(report, loops=())
+    return with_bounds(report, dtype, 32 * warps, 4 if ours else TORCH_DTYPES[dtype].itemsize)
 
 
 def _compile_gemm(name: str, target: str, dtype: str, aligned: bool) -> Report:
@@ -178,7 +256,7 @@ def _compile_gemm(name: str, target: str, dtype: str, aligned: bool) -> Report:
     for flag in (f for f in flags if f.endswith("_DESCRIPTOR")):
         constants[flag] = types[flag.removesuffix("_DESCRIPTOR").lower()].startswith("tensordesc")
     odd = () if aligned else INTEGERS
-    return _compile(name, target, function, {**tiles, **constants}, types, odd, **options)
+    return _compile(name, target, function, {**tiles, **constants}, types, odd, False, **options)
 
 
 def _columns(function, constants: dict) -> int:
@@ -207,7 +285,9 @@ def _operands(function, constants: dict, config: GemmConfig, dtype: str, descrip
     }
 
 
-def _compile(name, target, function, constants: dict, types: dict, odd: Iterable[str], **options):
+def _compile(
+    name, target, function, constants: dict, types: dict, odd: Iterable[str], ours: bool, **options
+) -> Report:
     signature = {a: "constexpr" if a in constants else types[a] for a in function.arg_names}
     source = ASTSource(
         fn=function,
@@ -216,8 +296,12 @@ def _compile(name, target, function, constants: dict, types: dict, odd: Iterable
         attrs=_divisible_by_16(function, signature, odd),
     )
     compiled = triton.compile(source, target=TARGETS[target], options=options)
-    read = _read_amd if TARGETS[target].backend == "hip" else _read_nvidia
-    return Report(name, target, shared_bytes=compiled.metadata.shared, **read(compiled))
+    if TARGETS[target].backend == "hip":
+        found = _read_amd(compiled)
+    else:
+        logits = "fp32" if ours else types.get("logits_ptr", "*fp32").removeprefix("*")
+        found = _read_nvidia(compiled, TORCH_DTYPES[logits].itemsize)
+    return Report(name, target, shared_bytes=compiled.metadata.shared, **found)
 
 
 def _type(argument: str, dtype: str) -> str:
@@ -247,7 +331,7 @@ def _divisible_by_16(function, signature: dict, odd: Iterable[str]) -> dict:
     return {(function.arg_names.index(n),): [["tt.divisibility", 16]] for n in names}
 
 
-def _read_nvidia(compiled) -> dict:
+def _read_nvidia(compiled, element_bytes: int) -> dict:
     tools = triton.__path__[0] + "/backends/nvidia/bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -267,6 +351,7 @@ def _read_nvidia(compiled) -> dict:
         "load_bytes": min(of_rows) if of_rows else max(sizes("LDG"), default=0),
         "store_bytes": max(sizes("STG"), default=0),
         "instructions": _instructions(code),
+        "loops": tuple(hot_loops(code, element_bytes)),
     }
 
 
@@ -301,21 +386,38 @@ def main() -> None:
     parser.add_argument("--dtype", choices=TORCH_DTYPES, default="bf16")
     parser.add_argument("--targets", default=",".join(TARGETS))
     parser.add_argument("--unaligned", action="store_true")
-    parser.add_argument("--json", type=Path, help="also write the results here")
+    parser.add_argument("--kernel", choices=ROW_KERNELS, help="one row kernel alone, on --target")
+    parser.add_argument("--target", choices=TARGETS, default="sm_90")
+    parser.add_argument(
+        "--json",
+        type=Path,
+        nargs="?",
+        const="-",
+        help="also write the results here; print --kernel's",
+    )
     args = parser.parse_args()
     aligned = not args.unaligned and args.vocab % 16 == 0
+    if args.kernel:
+        name, _ = ROW_KERNELS[args.kernel]
+        record = asdict(compile_variant(name, args.target, args.vocab, args.dtype, aligned))
+        record = {"kernel": args.kernel, "triton": triton.__version__, **record}
+        text = json.dumps(record, indent=1)
+        print(text) if args.json in (None, Path("-")) else args.json.write_text(text + "\n")
+        return
     print(f"Triton {triton.__version__}, V={args.vocab}, {args.dtype}")
-    print(f"{'kernel':20s} {'target':7s} {'regs':>5s} {'spills':>6s} {'smem':>6s} load store")
+    print(f"{'kernel':20s} {'target':7s} {'regs':>5s} {'spills':>6s} {'smem':>6s} load store instr")
     reports = []
     for name in (*VARIANTS, *GEMMS):
         for target in args.targets.split(","):
             r = compile_variant(name, target, args.vocab, args.dtype, aligned)
             print(
                 f"{r.name:20s} {r.target:7s} {r.registers:5d} {r.spills:6d} {r.shared_bytes:6d} "
-                f"{r.load_bytes:4d} {r.store_bytes:5d} {' '.join(r.instructions)}"
+                f"{r.load_bytes:4d} {r.store_bytes:5d} {r.instructions_per_element or '':>5} "
+                f"{f'{r.bound} {r.fraction_of_bandwidth:.0%}' if r.bound else ''}"
+                f"{' '.join(r.instructions)}"
             )
             reports.append(asdict(r))
-    if args.json:
+    if args.json and args.json != Path("-"):
         commit = _run("git", "describe", "--always", "--dirty").strip()
         about = {"triton": triton.__version__, "torch": torch.__version__, "commit": commit}
         about |= {"vocab": args.vocab, "dtype": args.dtype, "aligned": aligned}
