@@ -135,3 +135,90 @@ def test_lora_with_evaluation_and_apply(folder):
     assert rows[0]["humanline/unclamped"] == 1 > rows[1]["humanline/unclamped"]
     assert rows[-1]["eval_humanline/unclamped"] < 1
     assert all("lora" in name for name in trainer.reference.snapshot if "rotary" not in name)
+
+
+# The reference point's pairs
+
+
+def grouped(shared=(0, 0, 1, 1, 2, 2, 3), completions=None):
+    """A row for each: which of the prompts it has. Four rows are a batch."""
+    rows = tiny.labelled(len(shared))
+    texts = [rows[i]["prompt"] for i in shared]
+    said = [f" w{i} w{i}" for i in completions or range(len(shared))]
+    return rows.map(lambda row, i: row | {"prompt": texts[i], "completion": said[i]}, True)
+
+
+def pairs_that_match(dataset) -> list[int]:
+    """Rows whose other completion is one of their own prompt's."""
+    rows = list(dataset)
+    own = {(tuple(row["prompt_ids"]), tuple(row["completion_ids"])) for row in rows}
+    seen = [(tuple(row["prompt_ids"]), tuple(row["KL_completion_ids"])) for row in rows]
+    return [i for i, pair in enumerate(seen) if pair in own]
+
+
+def with_data(folder, data, cls=HumanlineKTOTrainer, config=HumanlineKTOConfig, **rest):
+    options = OPTIONS | {"train_sampling_strategy": "sequential"} | rest.pop("options", {})
+    return tiny.build(cls, config, folder, data, None, options, **rest)
+
+
+@pytest.mark.parametrize(
+    "shared",
+    [(0, 0, 1, 1, 2, 2, 3), (0, 0, 0, 0, 1, 1, 1, 2), (0, 1, 2, 3, 4), (0, 1, 1, 2, 3, 3, 3, 3)],
+    ids=["groups", "batches of one prompt", "a last batch of one row", "the last batch of one"],
+)
+def test_no_mismatched_pair_matches(folder, shared):
+    data = grouped(shared)
+    assert pairs_that_match(with_data(folder, data, KTOTrainer, KTOConfig).train_dataset)
+    trainer = with_data(folder, data, eval_dataset={"held": data, "out": data})
+    for dataset in (trainer.train_dataset, *trainer.eval_dataset.values()):
+        assert pairs_that_match(dataset) == []
+    # What the reference point is estimated from comes from the batch where it can.
+    for i, row in enumerate(trainer.train_dataset):
+        mates = trainer.train_dataset.select(range(i - i % 4, min(i - i % 4 + 4, len(shared))))
+        others = [m["completion_ids"] for m in mates if m["prompt_ids"] != row["prompt_ids"]]
+        assert not others or row["KL_completion_ids"] in others
+
+
+def test_pairs_that_do_not_match_stay_as_trl_has_them(folder):
+    ours = with_data(folder, grouped(range(8))).train_dataset
+    theirs = with_data(folder, grouped(range(8)), KTOTrainer, KTOConfig).train_dataset
+    assert ours["KL_completion_ids"][:] == theirs["KL_completion_ids"][:]
+
+
+def test_a_completion_that_two_prompts_share_mismatches_neither(folder):
+    data = grouped((0, 1, 0, 1, 2), completions=(0, 0, 1, 1, 2))
+    assert pairs_that_match(with_data(folder, data).train_dataset) == []
+
+
+def test_pairs_are_mismatched_however_the_data_come(folder):
+    """Of a stream, where others built the trainer, and where an evaluation is given its own."""
+    stream = grouped().to_iterable_dataset()
+    assert pairs_that_match(with_data(folder, stream).train_dataset) == []
+    built = with_data(folder, grouped(), KTOTrainer, KTOConfig, eval_dataset=grouped())
+    assert pairs_that_match(built.train_dataset)
+    apply_humanline(built)
+    assert pairs_that_match(built.train_dataset) == pairs_that_match(built.eval_dataset) == []
+    batches = tiny.recorded(built)
+    built.evaluate(grouped((0, 0, 0, 0, 1, 1)))
+    told = {tuple(row[row != 0].tolist()) for batch in batches for row in batch["input_ids"]}
+    pairs = {tuple(row[row != 0].tolist()) for batch in batches for row in batch["KL_input_ids"]}
+    assert len(pairs) > 1 and not told & pairs
+
+
+def test_one_prompt_has_no_mismatched_pair(folder):
+    with pytest.raises(ValueError, match="'train' has no mismatched pair for its row 0: every"):
+        with_data(folder, grouped((0, 0, 0, 0, 0)))
+    with_data(folder, grouped((0, 0, 0, 0)), options={"loss_type": "apo_zero_unpaired"})
+
+
+def test_off_the_pairs_are_trl_s(folder):
+    runs = []
+    for cls, config, options in (
+        (KTOTrainer, KTOConfig, {}),
+        (HumanlineKTOTrainer, HumanlineKTOConfig, {"humanline": False}),
+    ):
+        trainer = with_data(folder, grouped(), cls, config, options=options | {"max_steps": 2})
+        trainer.train()
+        runs.append((trainer.train_dataset[:], tiny.history(trainer), tiny.weights(trainer)))
+    assert runs[0][:2] == runs[1][:2]
+    assert_close(runs[0][2], runs[1][2], **EXACT)

@@ -24,6 +24,7 @@ from humanline.gradients import moving
 from humanline.integrations.perceived import perceived_log_ratio, share
 from humanline.integrations.trl import checks
 from humanline.integrations.trl.head import causal_model, fused_head
+from humanline.integrations.trl.mismatched import mismatched
 from humanline.perception import Perception
 from humanline.reference import Reference
 
@@ -161,7 +162,10 @@ class PreferenceMixin(HumanlineMixin):
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
         checks.check_chat_template(processing_class, checks.first_row(dataset), dataset_name)
-        return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+        dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+        if self.humanline:
+            dataset = mismatched(dataset, args.per_device_train_batch_size, dataset_name)
+        return dataset
 
 
 def _scored(completion_mask: Tensor) -> Tensor:

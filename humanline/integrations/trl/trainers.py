@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +16,7 @@ from trl.trainer.base_trainer import _BaseTrainer
 from humanline.checks import require
 from humanline.integrations.trl import checks, noise
 from humanline.integrations.trl.lookahead import LookaheadMixin
+from humanline.integrations.trl.mismatched import mismatched
 from humanline.integrations.trl.mixin import (
     HumanlineMixin,
     PolicyGradientMixin,
@@ -141,6 +143,7 @@ class _Built(HumanlineMixin):
         syncs = options.sync_every > 0 or getattr(given.get("args"), "sync_ref_model", False)
         if ref_given and syncs:  # which write into it, and it is the caller's
             given = {**given, "ref_model": copy.deepcopy(given["ref_model"])}
+        self.perception = options.perception  # TRL prepares data for a humanline trainer
         with checks.adapter_on_head_allowed(type(self)):
             super().__init__(**given)
         own = type(self)  # has all it needs
@@ -253,6 +256,9 @@ def _install(
     _become(trainer, LookaheadMixin if kind == "lookahead" else mixin)
     trainer.begins_at_base = _begins_at_base(trainer)
     trainer.reference = _make_reference(trainer, kind, sync_every)
+    if not trainer.humanline:  # its data are as TRL alone prepares them
+        size = trainer.args.per_device_train_batch_size
+        _map_datasets(trainer, lambda dataset, name: mismatched(dataset, size, name))
     trainer.perception = perception
     if not trainer.is_deepspeed_enabled:
         trainer.add_callback(SyncBeforeStep(trainer.reference))
@@ -268,6 +274,17 @@ def _install(
         f"holding {trainer.reference.memory_bytes() / 2**20:.1f} MiB; log-probs by humanline's "
         "fused head"
     )
+
+
+def _map_datasets(trainer: _BaseTrainer, change: Callable[[Any, str], Any]) -> None:
+    """Put ``change(dataset, name)`` in the place of each of a trainer's datasets."""
+    if trainer.train_dataset is not None:
+        trainer.train_dataset = change(trainer.train_dataset, "train")
+    held_out = trainer.eval_dataset
+    if isinstance(held_out, dict):
+        trainer.eval_dataset = {name: change(data, name) for name, data in held_out.items()}
+    elif held_out is not None:
+        trainer.eval_dataset = change(held_out, "eval")
 
 
 def _begins_at_base(trainer: _BaseTrainer) -> bool:
