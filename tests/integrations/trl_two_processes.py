@@ -15,13 +15,17 @@ CLIP = {"log_eps_P": -0.05, "log_eps_R": 0.05}
 
 
 #: Sequences or pairs of a step, over all processes. With two, a group of GRPO's spans both.
-BATCH_SIZE = {"DPO": 4, "GRPO": 12}
+BATCH_SIZE = {"DPO": 4, "GRPO": 12, "DPO precomputed": 4}
+#: Of which two processes score six at a time, and the last time fewer.
+PRECOMPUTED = {"sync_every": 0, "precompute_ref_log_probs": True, "precompute_ref_batch_size": 3}
 
 
 def train(folder: Path, method: str, processes: int = 1) -> dict:
     """Weights, reference and what was logged of a run."""
-    trainer, config = (getattr(trl, f"Humanline{method}{kind}") for kind in ("Trainer", "Config"))
+    loss, *precomputed = method.split()
+    trainer, config = (getattr(trl, f"Humanline{loss}{kind}") for kind in ("Trainer", "Config"))
     options = CLIP | {"per_device_train_batch_size": BATCH_SIZE[method] // processes}
+    options |= PRECOMPUTED if precomputed else {}
     if processes > 1:
         options["ddp_backend"] = "gloo"
     if method == "GRPO":

@@ -149,6 +149,11 @@ def check_model(trainer: Any, kind: str, ref_given: bool) -> None:
         "reference differently: a reference cannot be copied from the policy; use DDP or ZeRO-2",
     )
     require(
+        plugin is None or not getattr(trainer.args, "precompute_ref_log_probs", False),
+        "precompute_ref_log_probs=True under DeepSpeed would score with a model that is not placed "
+        "yet: set precompute_ref_log_probs=False",
+    )
+    require(
         kind == "copy" or not ref_given,
         lambda: (
             f'reference="{kind}" begins with the policy as it is, whatever sync_every: only '

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.trainer_utils import has_length
 
 from humanline.checks import require
-from humanline.integrations.trl.mixin import PreferenceMixin, Remembered
+from humanline.integrations.trl.mixin import PreferenceMixin, Remembered, name_of
 
 
 class LookaheadMixin(PreferenceMixin):
@@ -59,7 +59,7 @@ class LookaheadMixin(PreferenceMixin):
             '"adapter"',
         )
         scores = self._due.popleft()
-        return lambda kwargs: scores[_name_of(kwargs["input_ids"], inputs)]
+        return lambda kwargs: scores[name_of(kwargs["input_ids"], inputs)]
 
     def score(self, model: nn.Module, inputs: dict[str, Any]) -> dict[str, Tensor]:
         """Log-probs of every sequence of a batch, by the name of its tokens among the inputs."""
@@ -67,8 +67,4 @@ class LookaheadMixin(PreferenceMixin):
         calls = Remembered(model)
         with self._reference_as(calls), self._as_reference(model):
             self.compute_ref_log_probs(calls, inputs)
-        return {_name_of(ids, inputs): outputs.log_probs for ids, outputs in calls.calls}
-
-
-def _name_of(input_ids: Tensor, inputs: dict[str, Any]) -> str:
-    return next(name for name, value in inputs.items() if value is input_ids)
+        return {name_of(ids, inputs): outputs.log_probs for ids, outputs in calls.calls}

@@ -160,6 +160,11 @@ class PreferenceMixin(HumanlineMixin):
         finally:
             self.ref_model = theirs
 
+    def _precompute_ref_logps(self, dataset, *args, **kwargs):
+        if self.humanline and self.reference is None:  # TRL is building: scored when that is done
+            return dataset
+        return super()._precompute_ref_logps(dataset, *args, **kwargs)
+
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
         checks.check_chat_template(processing_class, checks.first_row(dataset), dataset_name)
         dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
@@ -193,6 +198,11 @@ class Remembered:
 
     def outputs_of(self, input_ids: Tensor) -> FusedCausalLMOutput:
         return next(outputs for seen, outputs in self.calls if seen is input_ids)
+
+
+def name_of(input_ids: Tensor, inputs: dict[str, Any]) -> str:
+    """What these tokens are called among the inputs."""
+    return next(name for name, value in inputs.items() if value is input_ids)
 
 
 class PolicyGradientMixin(HumanlineMixin):

@@ -31,6 +31,7 @@ from humanline.integrations.trl.offline import (
     dataset_reward,
     is_offline,
 )
+from humanline.integrations.trl.precomputed import Precomputed, PrecomputedMixin
 from humanline.perception import Clip, Perception
 from humanline.reference import REFERENCES, Reference, ReferenceCopy
 
@@ -250,16 +251,24 @@ def _install(
     kind: str | None,
     ref_given: bool,
 ) -> None:
-    kind = kind or ("adapter" if is_peft_model(trainer.model) else "copy")
+    precomputed = getattr(trainer.args, "precompute_ref_log_probs", False)
+    kind = kind or ("adapter" if is_peft_model(trainer.model) and not precomputed else "copy")
     checks.check_model(trainer, kind, ref_given)
     noisy = noise.switch_off(trainer)
-    _become(trainer, LookaheadMixin if kind == "lookahead" else mixin)
+    if precomputed:
+        mixin = PrecomputedMixin
+    elif kind == "lookahead":
+        mixin = LookaheadMixin
+    _become(trainer, mixin)
     trainer.begins_at_base = _begins_at_base(trainer)
     trainer.reference = _make_reference(trainer, kind, sync_every)
     if not trainer.humanline:  # its data are as TRL alone prepares them
         size = trainer.args.per_device_train_batch_size
         _map_datasets(trainer, lambda dataset, name: mismatched(dataset, size, name))
     trainer.perception = perception
+    if precomputed:
+        kind = "scored before training"
+        _map_datasets(trainer, trainer.precompute)
     if not trainer.is_deepspeed_enabled:
         trainer.add_callback(SyncBeforeStep(trainer.reference))
     if noisy:
@@ -304,6 +313,8 @@ def _begins_at_base(trainer: _BaseTrainer) -> bool:
 
 def _make_reference(trainer: HumanlineMixin, kind: str, sync_every: int) -> Reference:
     arguments = trainer.model, trainer.score, sync_every
+    if isinstance(trainer, PrecomputedMixin):
+        return Precomputed(*arguments)
     theirs = trainer.ref_model
     if kind == "copy":
         if theirs is not None:
