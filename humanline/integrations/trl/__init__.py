@@ -1,7 +1,9 @@
 """TRL's trainers with humanline: change one import, keep arguments, datasets, logging, PEFT.
 
+>>> import torch
 >>> from humanline.integrations.trl import HumanlineDPOConfig, HumanlineDPOTrainer
->>> args = HumanlineDPOConfig(log_eps_P=-0.5, log_eps_R=0.5, sync_every=1)  # doctest: +SKIP
+>>> use_cpu = not torch.accelerator.is_available()
+>>> args = HumanlineDPOConfig(log_eps_P=-0.5, log_eps_R=0.5, sync_every=1, use_cpu=use_cpu)
 >>> HumanlineDPOTrainer(model, args=args, train_dataset=pairs).train()  # doctest: +SKIP
 
 With ``humanline=False`` they are TRL's trainers, bit for bit. :func:`apply_humanline` turns a
