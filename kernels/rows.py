@@ -236,7 +236,7 @@ def row_statistics(
     shift = c - top
     shrink = tl.exp2(shift)
     m = tl.max(m, 0)
-    remainder = tl.fma(m, scale, -top)
+    remainder = tl.fma(m, scale, -top)  # see rounded_maximum
     largest = tl.exp2(remainder)
     total = tl.sum(s * shrink, 0)
     t_all = 0.0
@@ -334,7 +334,7 @@ def logit_gradient(
 @triton.jit
 def write_tiles(
     grad_ptr,
-    tiles,
+    row_ptr,
     start,
     columns,
     V,
@@ -346,13 +346,18 @@ def write_tiles(
     bias_ptr,
     logit_scale,
     logit_softcap,
+    TILES: tl.constexpr,
     TILE: tl.constexpr,
     INSIDE: tl.constexpr,
+    OVERLAP: tl.constexpr,
     SOFTCAP: tl.constexpr,
     ENTROPY: tl.constexpr,
 ):
-    """``2^y (by_exp + by_exp_y · y)`` of some tiles, by the head's slope."""
-    for i in tl.static_range(len(tiles)):
+    """``2^y (by_exp + by_exp_y · y)`` of so many tiles of a row, times the head's slope."""
+    tiles = load_tiles(row_ptr, start, columns, width, TILES, TILE, INSIDE, "evict_first")
+    if OVERLAP:  # what is written lies in these tiles or before them: every warp must have read it
+        tl.debug_barrier()
+    for i in tl.static_range(TILES):
         at = start + i * TILE + columns
         z, scale, slope = scaled_logits(
             tiles[i].to(tl.float32),
@@ -400,15 +405,14 @@ def write_gradient(
     SOFTCAP: tl.constexpr = False,
     width=None,
     OVERLAP: tl.constexpr = False,
-    BACKWARDS: tl.constexpr = False,
 ):
     """Write ``(g (onehot − p) + g_entropy (−p log p − p H)) / temperature``.
 
     ``m`` and ``s`` are the row's statistics, ``logp`` and ``entropy`` in nats. The gradient is that
     of the head's product where options of the head are given, see head_options. ``width`` as in
-    row_statistics: so many elements are written. The gradient may overwrite its row. OVERLAP says
-    that its elements may be narrower: what a tile's are written over lies in this tile or before
-    it. BACKWARDS walks a row that was just read from its end, the youngest in the caches.
+    row_statistics: so many elements are written. The gradient may be written over its row. OVERLAP
+    says that its elements may be narrower than the row's: such a row is walked forwards. Any other
+    is walked from its end, which is the youngest in the caches of a row that was just read.
     """
     BITS: tl.constexpr = PER_LANE * row_ptr.dtype.element_ty.primitive_bitwidth
     TILES: tl.constexpr = tiles_in_flight(BITS)
@@ -447,12 +451,11 @@ def write_gradient(
     whole = 0
     if not OPTIONS:
         whole = V // (TILE * TILES) * (TILE * TILES)
-    if BACKWARDS:
+    if not OVERLAP:
         for start in range(whole, V, TILE):
-            tiles = load_tiles(row_ptr, start, columns, width, 1, TILE, False, "evict_first")
             write_tiles(
                 grad_ptr,
-                tiles,
+                row_ptr,
                 start,
                 columns,
                 V,
@@ -464,19 +467,18 @@ def write_gradient(
                 bias_ptr,
                 logit_scale,
                 logit_softcap,
+                1,
                 TILE,
                 False,
+                OVERLAP,
                 SOFTCAP,
                 ENTROPY,
             )
     for step in range(0, whole, TILE * TILES):
-        start = whole - TILE * TILES - step if BACKWARDS else step
-        tiles = load_tiles(row_ptr, start, columns, width, TILES, TILE, True, "evict_first")
-        if OVERLAP:
-            tl.debug_barrier()
+        start = step if OVERLAP else whole - TILE * TILES - step
         write_tiles(
             grad_ptr,
-            tiles,
+            row_ptr,
             start,
             columns,
             V,
@@ -488,19 +490,18 @@ def write_gradient(
             bias_ptr,
             logit_scale,
             logit_softcap,
+            TILES,
             TILE,
             True,
+            OVERLAP,
             SOFTCAP,
             ENTROPY,
         )
-    if not BACKWARDS:
+    if OVERLAP:
         for start in range(whole, V, TILE):
-            tiles = load_tiles(row_ptr, start, columns, width, 1, TILE, False, "evict_first")
-            if OVERLAP:
-                tl.debug_barrier()
             write_tiles(
                 grad_ptr,
-                tiles,
+                row_ptr,
                 start,
                 columns,
                 V,
@@ -512,8 +513,10 @@ def write_gradient(
                 bias_ptr,
                 logit_scale,
                 logit_softcap,
+                1,
                 TILE,
                 False,
+                OVERLAP,
                 SOFTCAP,
                 ENTROPY,
             )

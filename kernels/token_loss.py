@@ -131,7 +131,6 @@ def humanline_token_loss(
         ENTROPY,
         LANES,
         PER_LANE,
-        BACKWARDS=True,
     )
 
 

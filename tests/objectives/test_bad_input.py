@@ -398,6 +398,18 @@ HIDDEN_CASES = {
         "logit_softcap must be positive or None, got 0.0",
         {"logit_softcap": 0.0},
     ),
+    "a scale of 0": (
+        "logit_scale must be positive and finite, got 0.0",
+        {"logit_scale": 0.0},
+    ),
+    "a negative scale": (
+        "logit_scale must be positive and finite, got -1.0",
+        {"logit_scale": -1.0},
+    ),
+    "a scale that is none": (
+        "logit_scale must be positive and finite, got nan",
+        {"logit_scale": float("nan")},
+    ),
     "a small workspace": (
         r"workspace_bytes must be at least 56 to hold the logits of one row \(V=7\), got 55",
         {"workspace_bytes": 55},

@@ -1,5 +1,6 @@
 """The output head: its options, and the checks of what comes to it."""
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -64,6 +65,10 @@ def check_hidden(
     checks.require(
         hidden.dtype == weight.dtype or torch.is_autocast_enabled(hidden.device.type),
         lambda: f"hidden and weight must have one dtype, got {hidden.dtype} and {weight.dtype}",
+    )
+    checks.require(
+        0 < head.logit_scale < math.inf,
+        lambda: f"logit_scale must be positive and finite, got {head.logit_scale}",
     )
     checks.require(
         head.logit_softcap is None or head.logit_softcap > 0,
