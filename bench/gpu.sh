@@ -157,7 +157,7 @@ steps() {
     gpu graphs graphs
     gpu opcheck ops
     under ncu ncu --csv --print-units base --clock-control none --profile-from-start no \
-        --kernel-name 'regex:^humanline_(token_|scale)' \
+        --kernel-name 'regex:^humanline_(token_loss|token_logps|scale)' \
         --metrics dram__bytes_read.sum,dram__bytes_write.sum,gpu__time_duration.sum \
         --log-file "$results/ncu.csv" -- "$python" -m bench.gpu kernels $reduced --output "$results"
     gpu dram dram

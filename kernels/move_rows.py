@@ -5,6 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+BLOCK, WARPS = 4096, 8
+
 
 @triton.jit
 def humanline_move_rows(x_ptr, order_ptr, stride, width, BLOCK: tl.constexpr):
@@ -29,5 +31,7 @@ def move_rows_(x: Tensor, order: Tensor) -> Tensor:
     k = len(order)
     if k:
         with torch.cuda.device_of(x):
-            humanline_move_rows[(k,)](x, order, x.stride(0), x.shape[1], BLOCK=4096, num_warps=8)
+            humanline_move_rows[(k,)](
+                x, order, x.stride(0), x.shape[1], BLOCK=BLOCK, num_warps=WARPS
+            )
     return x[:k]

@@ -451,29 +451,6 @@ def write_gradient(
     whole = 0
     if not OPTIONS:
         whole = V // (TILE * TILES) * (TILE * TILES)
-    if not OVERLAP:
-        for start in range(whole, V, TILE):
-            write_tiles(
-                grad_ptr,
-                row_ptr,
-                start,
-                columns,
-                V,
-                width,
-                inverse_temperature,
-                c,
-                by_exp,
-                by_exp_y,
-                bias_ptr,
-                logit_scale,
-                logit_softcap,
-                1,
-                TILE,
-                False,
-                OVERLAP,
-                SOFTCAP,
-                ENTROPY,
-            )
     for step in range(0, whole, TILE * TILES):
         start = step if OVERLAP else whole - TILE * TILES - step
         write_tiles(
@@ -497,29 +474,28 @@ def write_gradient(
             SOFTCAP,
             ENTROPY,
         )
-    if OVERLAP:
-        for start in range(whole, V, TILE):
-            write_tiles(
-                grad_ptr,
-                row_ptr,
-                start,
-                columns,
-                V,
-                width,
-                inverse_temperature,
-                c,
-                by_exp,
-                by_exp_y,
-                bias_ptr,
-                logit_scale,
-                logit_softcap,
-                1,
-                TILE,
-                False,
-                OVERLAP,
-                SOFTCAP,
-                ENTROPY,
-            )
+    for start in range(whole, V, TILE):
+        write_tiles(
+            grad_ptr,
+            row_ptr,
+            start,
+            columns,
+            V,
+            width,
+            inverse_temperature,
+            c,
+            by_exp,
+            by_exp_y,
+            bias_ptr,
+            logit_scale,
+            logit_softcap,
+            1,
+            TILE,
+            False,
+            OVERLAP,
+            SOFTCAP,
+            ENTROPY,
+        )
     tl.debug_barrier()  # the label's element is written twice, by two threads
     tl.store(grad_ptr + label, at_label.to(grad_ptr.dtype.element_ty), is_label)
 

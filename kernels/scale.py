@@ -13,6 +13,8 @@ from .interpreter import correct_interpreter
 
 correct_interpreter()
 
+BLOCK, WARPS = 8192, 8
+
 
 @triton.jit(do_not_specialize=["rows"])
 def humanline_scale(x_ptr, factor_ptr, rows, V, BLOCK: tl.constexpr):
@@ -27,9 +29,11 @@ def humanline_scale(x_ptr, factor_ptr, rows, V, BLOCK: tl.constexpr):
 
 def scale_(x: Tensor, factor: Tensor) -> Tensor:
     """``x *= factor`` for a contiguous ``x [..., V]`` and a scalar tensor; returns ``x``."""
-    block, vocab = 8192, x.shape[-1]
+    vocab = x.shape[-1]
     if x.numel():
-        grid = (triton.cdiv(x.numel(), block),)
+        grid = (triton.cdiv(x.numel(), BLOCK),)
         with torch.cuda.device_of(x):
-            humanline_scale[grid](x, factor, x.numel() // vocab, vocab, BLOCK=block, num_warps=8)
+            humanline_scale[grid](
+                x, factor, x.numel() // vocab, vocab, BLOCK=BLOCK, num_warps=WARPS
+            )
     return x

@@ -187,12 +187,16 @@ def _op_calls() -> Iterator[tuple[str, str, tuple, dict]]:
         options |= {"entropy_weight": scalar} if entropy else {}
         loss = logits, labels, one, torch.empty_like(logits), row, "clipped"
         yield how, "token_loss", loss, options
+    true = torch.ones_like(labels, dtype=torch.bool)
+    tokens = true.sum()
+    stats = -row, None, row, row, true, tokens, 2, None, "clipped"
+    yield "clipped", "token_stats", stats, {"advantages": row, "anchor": -row, "low": 0.2}
     yield "in place", "scale_", (logits, scalar), {}
     for kind, of_kind in {
         "sigmoid": {},
         "kto": {"desirable": torch.tensor([True, False], device=DEVICE), "z0": scalar},
     }.items():
-        sequences = -row, -row.flip(0), torch.ones_like(labels, dtype=torch.bool), 2, None
+        sequences = -row, -row.flip(0), true, tokens, 2, None
         options = {"log_eps_P": -1.0, "log_eps_R": 1.0, "beta": 0.1} | of_kind
         yield kind, "sequence_loss", (*sequences, kind), options
 

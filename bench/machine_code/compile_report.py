@@ -17,6 +17,7 @@ import json
 import os
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
@@ -98,9 +99,9 @@ VARIANTS = {
         head_rows.humanline_head_softmax,
         PLAIN | {"TOKEN_LOSS": True, "KIND": 0, "PENALTY": 3},
     ),
-    "moved rows": (move_rows.humanline_move_rows, {"BLOCK": 4096}),
+    "moved rows": (move_rows.humanline_move_rows, {}),
     "statistics": (token_stats.humanline_token_stats, {"PENALTY": 3}),
-    "scale": (scale.humanline_scale, {"BLOCK": 8192}),
+    "scale": (scale.humanline_scale, {}),
     "pairs": (sequence_loss.humanline_sequence_loss, {"KIND": "sigmoid", "PAIRED": True}),
     "sequences": (sequence_loss.humanline_sequence_loss, {"KIND": "kto", "PAIRED": False}),
 }
@@ -228,11 +229,12 @@ def compile_variant(name: str, target: str, vocab: int, dtype: str, aligned: boo
     config = row_config(vocab, TORCH_DTYPES["fp32" if ours else dtype], aligned or ours)
     warps = config.pop("num_warps")
     if "LANES" not in function.arg_names:
-        warps = 8 if name in ("scale", "moved rows") else 4
+        module = sys.modules[function.__module__]
+        warps, config = module.WARPS, {"BLOCK": module.BLOCK}
     if TARGETS[target].backend == "hip":
         warps //= 2
     defaults = {"TEMPERATURE_PER_ROW": False, "ON_POLICY": False, **config}
-    defaults |= {"PER_TOKEN": True, "PACKED": True, "BLOCK": 1024, "OF_LOGP": True}
+    defaults |= {"PER_TOKEN": True, "PACKED": True, "OF_LOGP": True}
     defaults |= {"KEPT": True, "ACTIVE": True, "TOKEN_LOSS": False, "KIND": 0, "PENALTY": 0}
     constants = {**{k: v for k, v in defaults.items() if k in function.arg_names}, **constants}
     types = {a: _type(a, dtype) for a in function.arg_names}
