@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import Any
 
 from bench.cases import SUITES
+from bench.machine_code.compile_report import CARDS, ROW_KERNELS
 from bench.measure import Result
 from bench.memory import long_context, reference_memory
 from bench.paper import model
@@ -22,6 +23,8 @@ from bench.run import ROOT, Results, committed
 from humanline.training.errors import UserError
 
 BLOCK = re.compile(r"(<!-- bench:([\w-]+) -->\n)(.*?)(<!-- /bench -->)", re.S)
+REPORTS = ROOT / "bench/results/compile-report"
+TOLD = "3.7.1"  # the Triton whose machine code the table is of
 NO_GPU = "On a GPU nothing has been measured yet."
 
 
@@ -35,6 +38,37 @@ def gpu() -> str:
 
 def scale() -> str:
     return model.table()
+
+
+def machine_code() -> str:
+    """What bounds each row kernel with one Triton, and what spills with each."""
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(REPORTS.iterdir())]
+    told = next(r for r in found if r["environment"]["triton"] == TOLD)
+    records = {(r["name"], r["target"]): r for r in told["results"]}
+    rows = [
+        [f"`{kernel}`", *(_bound(records[variant, target]) for target in CARDS)]
+        for kernel, (variant, _) in ROW_KERNELS.items()
+    ]
+    e = told["environment"]
+    head = ["row kernel", *(f"{target} ({card.name})" for target, card in CARDS.items())]
+    versions = [r["environment"]["triton"] for r in found]
+    spilled = [
+        f"`{r['name']}` on {r['target']} ({report['environment']['triton']}: {r['spills']})"
+        for report in found
+        for r in report["results"]
+        if r["spills"]
+    ]
+    return (
+        f"{markdown(head, rows)}\n\n"
+        "Instructions a logit and what bounds a row, read from the machine code "
+        f"(V={e['vocab']:,}, {e['dtype']}, Triton {e['triton']}); the share of the "
+        "card's bandwidth is an estimate, not measured. Registers spilled with Triton "
+        f"{', '.join(versions)}: {', '.join(spilled) or 'none'}."
+    )
+
+
+def _bound(r: dict[str, Any]) -> str:
+    return f"{r['instructions_per_element']:g}, {r['bound']}, {r['fraction_of_bandwidth']:.0%}"
 
 
 def plots() -> str:
@@ -57,6 +91,7 @@ BLOCKS = {
     "gpu": gpu,
     "plots": plots,
     "scale": scale,
+    "machine-code": machine_code,
     "reference": reference,
     "long-context": context,
 }

@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import triton
 
+ROOT = Path(__file__).parents[2]
 # SASS instructions a logit that a row kernel may take, on sm_90 and on sm_100.
 INSTRUCTIONS = {
     "token_loss": (14, 12),
@@ -31,8 +33,8 @@ print(json.dumps([
 def compiled(**what):
     done = subprocess.run(  # another process: in this one the kernels may be interpreted
         [sys.executable, "-c", REPORT.format(**what)],
-        cwd=(root := Path(__file__).parents[2]),
-        env={**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(root)},
+        cwd=ROOT,
+        env={**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
     )
@@ -123,9 +125,41 @@ def gemms():
     return compiled(vocab=151936, dtype="bf16", targets=targets, kernels="c.GEMMS")
 
 
-def test_gemms_do_not_spill_on_sm_90(gemms):
-    on_sm_90 = [r for r in gemms if r["target"] == "sm_90"]
-    assert {r["name"]: r["spills"] for r in on_sm_90 if r["spills"]} == {}
+@pytest.mark.parametrize("target", ["sm_90", "sm_100"])
+def test_gemms_do_not_spill(target, gemms):
+    on_target = [r for r in gemms if r["target"] == target]
+    assert on_target
+    assert {r["name"]: r["spills"] for r in on_target if r["spills"]} == {}
+
+
+COMMITTED = {
+    report["environment"]["triton"]: report
+    for path in (ROOT / "bench/results/compile-report").iterdir()
+    for report in [json.loads(path.read_text())]
+}
+
+
+def test_committed_reports_spill_nowhere_on_sm_90_and_sm_100():
+    assert {version.rpartition(".")[0] for version in COMMITTED} == {"3.6", "3.7", "3.9"}
+    for report in COMMITTED.values():
+        spilled = [(r["name"], r["target"]) for r in report["results"] if r["spills"]]
+        assert [(name, t) for name, t in spilled if t in ("sm_90", "sm_100")] == []
+        assert len(report["results"]) % 4 == 0  # each kernel on each target
+
+
+@pytest.mark.skipif(triton.__version__ not in COMMITTED, reason="no report is of this Triton")
+def test_the_committed_report_is_of_the_code_as_it_is(reports, request):
+    """README's table is made of it."""
+    report = COMMITTED[triton.__version__]
+    about = report["environment"]
+    if (about["vocab"], about["dtype"]) != request.node.callspec.params["reports"]:
+        return  # the other parameter
+    now = {r["name"]: r for r in reports}
+    then = {r["name"]: r for r in report["results"] if r["target"] == "sm_90"}
+    assert {name: then.get(name) for name in now} == now, (
+        "run: python -m bench.machine_code.compile_report "
+        f"--json bench/results/compile-report/triton-{triton.__version__}.json"
+    )
 
 
 @pytest.mark.parametrize(
@@ -159,7 +193,7 @@ def test_a_row_s_way_through_the_chip(kernel, target, tmp_path):
     command = ["-m", "bench.machine_code.compile_report", "--kernel", kernel, "--target", target]
     done = subprocess.run(
         [sys.executable, *command, "--json"],
-        cwd=Path(__file__).parents[2],
+        cwd=ROOT,
         capture_output=True,
         text=True,
     )
