@@ -96,8 +96,9 @@ def _train(options: dict[str, Any], argv: list[str]) -> int:
         raise UserError("--output-dir must name a folder, got ''")
     if resume and overwrite:
         raise UserError("--resume and --overwrite exclude each other")
+    output_dir = output_dir and Path(output_dir)
     try:
-        train(options, output_dir and Path(output_dir), resume=resume, overwrite=overwrite)
+        train(options, output_dir, resume=resume, overwrite=overwrite, strict=True)
     except Interrupted as interrupted:
         print(f"humanline: {interrupted}", file=sys.stderr)
         return INTERRUPTED

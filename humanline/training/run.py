@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from humanline.reference import REFERENCES
-from humanline.training import checkpoint, data, evaluate, examples, report, score
+from humanline.training import checkpoint, data, effects, evaluate, examples, report, score
 from humanline.training.config import TrainConfig, flag, resumed
 from humanline.training.errors import UserError
 from humanline.training.model import check_fits, load_model, load_tokenizer, model_folder, moved
@@ -36,6 +36,7 @@ def train(
     *,
     resume: bool = False,
     overwrite: bool = False,
+    strict: bool = False,
 ) -> dict[str, Any]:
     """Train, or go on training.
 
@@ -45,6 +46,7 @@ def train(
         output: where to write; ``runs/<objective>-<perception>`` if None.
         resume: go on with the run in ``output``.
         overwrite: replace the run in ``output``.
+        strict: whether an option without effect is an error, as it is where users type them.
 
     Returns:
         What summary.json holds.
@@ -57,6 +59,8 @@ def train(
     _require_one_process()
     try:
         config, output = _configure(options, output, resume)
+        if strict:
+            effects.require(config, options)
         _check_output(output, config, resume, overwrite)
         _warn(config)
         device = pick_device(config)
@@ -201,6 +205,11 @@ def _read_data(config: TrainConfig):
     if config.data is None and config.heldout is None:
         heldout = data.DEFAULT_HELDOUT
     dataset = data.read_examples(path)
+    if config.reward_threshold is not None and dataset.kind != "rewards":
+        raise UserError(
+            f"--reward-threshold {config.reward_threshold:g} has no effect: it needs data with "
+            f"rewards, and {path} holds {dataset.kind}"
+        )
     questions = None if heldout is None else data.read_questions(heldout)
     files = {"data": path, "heldout": heldout}
     return dataset, questions, {n: data.fingerprint(p) for n, p in files.items() if p is not None}
