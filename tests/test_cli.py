@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from humanline import cli
+from humanline import cli, install
 from humanline.training.config import DEFAULTS, TrainConfig
 
 sys.path.insert(0, str(Path(__file__).parent / "training"))
@@ -120,7 +120,7 @@ def test_a_missing_extra_says_what_to_install(missing, files, capsys, monkeypatc
         importlib.util, "find_spec", lambda name, *rest: None if name == missing else find(name)
     )
     text = error_of(capsys, "train", *files)
-    assert text == f"humanline train needs {missing}: pip install 'humanline[train]'"
+    assert text == f"humanline train needs {missing}: {install.command('train')}"
 
 
 # The default model
@@ -209,12 +209,13 @@ def test_doctor_says_what_is_missing_for_which_extra(monkeypatch):
         'no-such-package>=1; extra == "train"',
         'torch>=99; extra == "train"',
         'pytest; extra == "test"',
+        'no-such-package; python_version < "3" and extra == "test"',
     ]
     extras = Metadata({"Provides-Extra": ["train", "test"]})
     monkeypatch.setattr(metadata, "metadata", lambda name: extras)
     monkeypatch.setattr(metadata, "requires", lambda name: needs)
     text = doctor.report()
-    assert "no-such-package>=1, torch>=99: pip install 'humanline[train]'" in text
+    assert f"no-such-package>=1, torch>=99: {install.command('train')}\n" in text
     assert "[test]        complete" in text
 
 

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from humanline import install
 from humanline.dropout import switch_off_noise
 from humanline.rows import IGNORE_INDEX
 from humanline.training import packing
@@ -298,7 +299,7 @@ def _with_lora(model: nn.Module, config: TrainConfig) -> nn.Module:
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
-        raise UserError("--lora needs peft: pip install 'humanline[train]'") from error
+        raise UserError(f"--lora needs peft: {install.command('train')}") from error
     targets = config.lora_target_modules.strip()
     names = [name.strip() for name in targets.split(",")]
     modules = [name for name, _ in model.named_modules()]
@@ -352,7 +353,7 @@ def default_model() -> Path:
         return folder
     if importlib.util.find_spec("gguf") is None:
         raise UserError(
-            "the default model needs gguf to be read: pip install 'humanline[train]'; or pass "
+            f"the default model needs gguf to be read: {install.command('train')}; or pass "
             "--model FOLDER"
         )
     try:
