@@ -74,6 +74,12 @@ def test_every_option_is_on_the_command_line(capsys):
         (["--data", "gone.jsonl"], "gone.jsonl does not exist"),
         (["--data", "data.csv"], "unknown extension '.csv'"),
         (["--model", "gone"], "--model must be a local folder, and gone is not one"),
+        (
+            ["--model", "some-body/Some-7B.v2"],
+            "nothing is fetched by name. With `hf download some-body/Some-7B.v2 --local-dir "
+            "Some-7B.v2` (of huggingface_hub) Hugging Face's hub gives one, for --model Some",
+        ),
+        (["--model", "./runs/a/model"], "With `hf download NAME --local-dir NAME`"),
         (["--reward-threshold", "nan"], "--reward-threshold must be finite, got nan"),
         (["--seed", str(2**63)], "--seed must be less than 2**63"),
         (["--output-dir", ""], "--output-dir must name a folder"),
@@ -242,6 +248,21 @@ def test_help_is_quick_to_come():
 def test_bench_takes_its_own_options(capsys):
     assert "active must be a fraction" in error_of(capsys, "bench", "--active", "2")
     assert "exclude each other" in error_of(capsys, "bench", "--suite", "cpu", "--active", "1")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+@pytest.mark.parametrize("suite", ["gpu", "gpu-tokens", "gpu-active", "gpu-scale"])
+def test_a_gpu_s_suite_is_refused_without_one(suite, tmp_path, capsys):
+    output = tmp_path / "results.json"
+    text = error_of(capsys, "bench", "--suite", suite, "--output", str(output))
+    assert text.startswith(f"--suite {suite} is of a GPU's size (logits of ")
+    assert text.endswith("Of a CPU's size: smoke, quick, cpu, cpu-active, cpu-tokens, cpu-scale")
+    assert not output.exists()
+
+
+def test_a_gpu_s_suite_is_refused_on_the_cpu(capsys):
+    text = error_of(capsys, "bench", "--suite", "gpu", "--device", "cpu")
+    assert "logits of 8192 x 151936)" in text and "--device cpu was asked for" in text
 
 
 def test_bench_outside_a_checkout_says_what_it_needs(capsys, monkeypatch, tmp_path):

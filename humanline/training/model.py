@@ -5,6 +5,7 @@ import hashlib
 import importlib.util
 import inspect
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -328,10 +329,24 @@ def model_folder(config: TrainConfig) -> Path:
         return default_model()
     folder = Path(config.model)
     if not folder.is_dir():
-        raise UserError(f"--model must be a local folder, and {folder} is not one")
+        raise UserError(
+            f"--model must be a local folder, and {folder} is not one: {_how_to_get(config.model)}"
+        )
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} holds no model: there is no config.json in it")
     return folder
+
+
+def _how_to_get(name: str) -> str:
+    """What to do for a folder of a model that was named and is not there."""
+    if not re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", name):  # no name of a model on the hub
+        name = "NAME"
+    where = name.rpartition("/")[2]
+    return (
+        f"nothing is fetched by name. With `hf download {name} --local-dir {where}` (of "
+        f"huggingface_hub) Hugging Face's hub gives one, for --model {where}; without --model, "
+        f"{_NAME} is fetched"
+    )
 
 
 def _line(error: Exception) -> str:
