@@ -14,6 +14,7 @@ from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, KTOConfig, KTOTr
 from trl.trainer.base_trainer import _BaseTrainer
 
 from humanline.checks import require
+from humanline.idle import IdleBounds
 from humanline.integrations.trl import checks, noise
 from humanline.integrations.trl.lookahead import LookaheadMixin
 from humanline.integrations.trl.mismatched import mismatched
@@ -22,6 +23,7 @@ from humanline.integrations.trl.mixin import (
     PolicyGradientMixin,
     PreferenceMixin,
     SyncBeforeStep,
+    WarnOfIdleBounds,
     logger,
 )
 from humanline.integrations.trl.offline import (
@@ -269,6 +271,8 @@ def _install(
     if precomputed:
         kind = "scored before training"
         _map_datasets(trainer, trainer.precompute)
+    trainer.idle = IdleBounds(perception)
+    trainer.add_callback(WarnOfIdleBounds(trainer.idle))
     if not trainer.is_deepspeed_enabled:
         trainer.add_callback(SyncBeforeStep(trainer.reference))
     if noisy:
