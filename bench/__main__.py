@@ -27,8 +27,10 @@ examples:
 
 def main(argv: Sequence[str]) -> int:
     """Run, report; the exit code: 0, or 75 if time ran out before all was done."""
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args = parser.parse_args(argv)
     if args.show:
+        _require_alone(args, parser)
         print(terminal(Results.load(args.show)))
         return 0
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -49,6 +51,13 @@ def main(argv: Sequence[str]) -> int:
     if not done:
         print("humanline bench: time is up; the same command goes on from here", file=sys.stderr)
     return 0 if done else 75
+
+
+def _require_alone(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """``--show`` runs nothing: what says how to run has no effect beside it."""
+    for name, value in vars(args).items():
+        if name != "show" and value != parser.get_default(name):
+            raise UserError(f"--{name.replace('_', '-')} has no effect: --show runs nothing")
 
 
 def _of_a_gpu(suite: str) -> str:

@@ -250,6 +250,14 @@ def test_bench_takes_its_own_options(capsys):
     assert "exclude each other" in error_of(capsys, "bench", "--suite", "cpu", "--active", "1")
 
 
+@pytest.mark.parametrize(
+    "more", [["--suite", "cpu"], ["--tokens", "8"], ["--repeats", "2"], ["--frozen-head"]]
+)
+def test_what_says_how_to_run_has_no_effect_on_what_is_shown(more, capsys):
+    text = error_of(capsys, "bench", "--show", "results.json", *more)
+    assert text == f"{more[0]} has no effect: --show runs nothing"
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 @pytest.mark.parametrize("suite", ["gpu", "gpu-tokens", "gpu-active", "gpu-scale"])
 def test_a_gpu_s_suite_is_refused_without_one(suite, tmp_path, capsys):

@@ -110,6 +110,14 @@ def test_bounds_that_act_or_are_none_are_not_warned_of(tmp_path, caplog, options
     assert idle(caplog) == []
 
 
+@pytest.mark.parametrize(("loss", "warned"), [("sft", 1), ("sigmoid", 0)])
+def test_perception_without_a_reference_is_warned_of(tmp_path, caplog, loss, warned):
+    build(tmp_path, loss_type=[loss])
+    build(tmp_path, loss_type=[loss], humanline=False)
+    messages = [r.getMessage() for r in caplog.records]
+    assert sum('does nothing: the "sft" loss has no reference' in m for m in messages) == warned
+
+
 def test_evaluations_do_not_count_as_steps(tmp_path, caplog):
     options = {"eval_strategy": "steps", "eval_steps": 1, "max_steps": 19, **STILL}
     build(tmp_path, arguments={"eval_dataset": tiny.pairs(2)}, **options).train()

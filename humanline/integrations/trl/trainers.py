@@ -280,6 +280,8 @@ def _install(
             f"humanline: what is random in {len(noisy)} modules, {noisy[0] or 'the model'} among "
             "them, is switched off: it would be taken for the policy's drift"
         )
+    if isinstance(trainer, DPOTrainer) and set(trainer.loss_types) == {"sft"}:
+        logger.warning(f'humanline: {perception} does nothing: the "sft" loss has no reference')
     steps = "optimizer step" if sync_every == 1 else f"{sync_every} optimizer steps"
     logger.info(
         f"humanline: {perception}; reference: {kind}, "
