@@ -27,13 +27,17 @@ examples:
 
 def main(argv: Sequence[str]) -> int:
     """Run, report; the exit code: 0, or 75 if time ran out before all was done."""
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args = parser.parse_args(argv)
     if args.show:
+        _require_alone(args, parser)
         print(terminal(Results.load(args.show)))
         return 0
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"--device {device}: torch finds no GPU here")
+    if (args.suite or "").startswith("gpu") and device == "cpu":
+        raise UserError(_of_a_gpu(args.suite))
     results = Results.open(args.output, device)
     done = run(
         _cases(args),
@@ -47,6 +51,24 @@ def main(argv: Sequence[str]) -> int:
     if not done:
         print("humanline bench: time is up; the same command goes on from here", file=sys.stderr)
     return 0 if done else 75
+
+
+def _require_alone(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """``--show`` runs nothing: what says how to run has no effect beside it."""
+    for name, value in vars(args).items():
+        if name != "show" and value != parser.get_default(name):
+            raise UserError(f"--{name.replace('_', '-')} has no effect: --show runs nothing")
+
+
+def _of_a_gpu(suite: str) -> str:
+    """Why a suite cannot be had on a CPU, and what can."""
+    largest = max(SUITES[suite], key=lambda case: case.tokens * case.vocab)
+    others = ", ".join(name for name in SUITES if not name.startswith("gpu"))
+    return (
+        f"--suite {suite} is of a GPU's size (logits of {largest.tokens} x {largest.vocab}) and "
+        "would run on the CPU: torch finds no GPU here, or --device cpu was asked for. Of a CPU's "
+        f"size: {others}"
+    )
 
 
 def _cases(args: argparse.Namespace) -> list[Case]:

@@ -8,6 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from humanline import install
 from humanline.training.config import DEFAULTS, TrainConfig, flag
 from humanline.training.errors import UserError
 from humanline.version import __version__
@@ -96,8 +97,9 @@ def _train(options: dict[str, Any], argv: list[str]) -> int:
         raise UserError("--output-dir must name a folder, got ''")
     if resume and overwrite:
         raise UserError("--resume and --overwrite exclude each other")
+    output_dir = output_dir and Path(output_dir)
     try:
-        train(options, output_dir and Path(output_dir), resume=resume, overwrite=overwrite)
+        train(options, output_dir, resume=resume, overwrite=overwrite, strict=True)
     except Interrupted as interrupted:
         print(f"humanline: {interrupted}", file=sys.stderr)
         return INTERRUPTED
@@ -127,9 +129,7 @@ def _doctor(options: dict[str, Any], argv: list[str]) -> int:
 def _require_packages(*names: str) -> None:
     missing = [name for name in names if importlib.util.find_spec(name) is None]
     if missing:
-        raise UserError(
-            f"humanline train needs {', '.join(missing)}: pip install 'humanline[train]'"
-        )
+        raise UserError(f"humanline train needs {', '.join(missing)}: {install.command('train')}")
 
 
 if __name__ == "__main__":

@@ -3,10 +3,12 @@
 import importlib.metadata
 import platform
 import re
+import sys
 from collections.abc import Iterator
 
 import torch
 
+from humanline import install
 from humanline.ops.backend import HAS_TRITON, choose_backend
 from humanline.version import __version__
 
@@ -58,7 +60,7 @@ def _backend() -> str:
     elif device == "cpu":
         why = "no GPU that torch can use"
     else:
-        why = "a GPU, but no Triton: pip install triton"
+        why = f"a GPU, but no Triton: {sys.executable} -m pip install triton"
     return f"{chosen} ({why}{'' if HAS_TRITON or device == 'cuda' else '; no Triton either'})"
 
 
@@ -67,27 +69,37 @@ def _extras() -> Iterator[str]:
     try:
         metadata = importlib.metadata.metadata("humanline")
     except importlib.metadata.PackageNotFoundError:
-        yield "extras        unknown: humanline runs from a checkout; pip install -e ."
+        advice = install.command("train")
+        yield f"extras        unknown: humanline itself is not installed: {advice}"
         return
     for extra in metadata.get_all("Provides-Extra") or []:
         missing = [need for need in _needs(extra) if not _satisfied(need)]
         if missing:
             yield (
-                f"[{extra}]".ljust(14) + f"missing {', '.join(missing)}: "
-                f"pip install 'humanline[{extra}]'"
+                f"[{extra}]".ljust(14) + f"missing {', '.join(missing)}: {install.command(extra)}"
             )
         else:
             yield f"[{extra}]".ljust(14) + "complete"
 
 
 def _needs(extra: str) -> list[str]:
-    """Requirements of an extra, such as ``transformers>=5``."""
+    """Requirements of an extra on this Python, such as ``transformers>=5``."""
     needs = []
     for line in importlib.metadata.requires("humanline") or []:
         requirement, _, marker = line.partition(";")
-        if re.search(rf"""extra\s*==\s*["']{re.escape(extra)}["']""", marker):
+        of_extra = re.search(rf"""extra\s*==\s*["']{re.escape(extra)}["']""", marker)
+        if of_extra and _applies(marker, extra):
             needs.append(requirement.strip())
     return needs
+
+
+def _applies(marker: str, extra: str) -> bool:
+    """Whether pip would look at a requirement with this marker: some are of newer Pythons."""
+    try:
+        from packaging.markers import Marker
+    except ImportError:
+        return True
+    return Marker(marker).evaluate({"extra": extra})
 
 
 def _satisfied(requirement: str) -> bool:

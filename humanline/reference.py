@@ -305,8 +305,8 @@ class ReferenceLookahead(Reference):
         self._coming = deque(zip(again, self._loaded, strict=False))
         self._loaded = []
         if not self._coming:  # the very first step: its reference is the policy at hand
-            require(
-                self.step == 0,
+            require(  # or there is none left: what was saved was the end
+                self.step == 0 or next(self._source, None) is None,
                 lambda: (
                     f"nothing was looked ahead to for step {self.step}: pass the steps of all "
                     "epochs as one iterable"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from humanline import cli
+from humanline import cli, install
 from humanline.training.config import DEFAULTS, TrainConfig
 
 sys.path.insert(0, str(Path(__file__).parent / "training"))
@@ -74,6 +74,12 @@ def test_every_option_is_on_the_command_line(capsys):
         (["--data", "gone.jsonl"], "gone.jsonl does not exist"),
         (["--data", "data.csv"], "unknown extension '.csv'"),
         (["--model", "gone"], "--model must be a local folder, and gone is not one"),
+        (
+            ["--model", "some-body/Some-7B.v2"],
+            "nothing is fetched by name. With `hf download some-body/Some-7B.v2 --local-dir "
+            "Some-7B.v2` (of huggingface_hub) Hugging Face's hub gives one, for --model Some",
+        ),
+        (["--model", "./runs/a/model"], "With `hf download NAME --local-dir NAME`"),
         (["--reward-threshold", "nan"], "--reward-threshold must be finite, got nan"),
         (["--seed", str(2**63)], "--seed must be less than 2**63"),
         (["--output-dir", ""], "--output-dir must name a folder"),
@@ -120,7 +126,7 @@ def test_a_missing_extra_says_what_to_install(missing, files, capsys, monkeypatc
         importlib.util, "find_spec", lambda name, *rest: None if name == missing else find(name)
     )
     text = error_of(capsys, "train", *files)
-    assert text == f"humanline train needs {missing}: pip install 'humanline[train]'"
+    assert text == f"humanline train needs {missing}: {install.command('train')}"
 
 
 # The default model
@@ -209,12 +215,13 @@ def test_doctor_says_what_is_missing_for_which_extra(monkeypatch):
         'no-such-package>=1; extra == "train"',
         'torch>=99; extra == "train"',
         'pytest; extra == "test"',
+        'no-such-package; python_version < "3" and extra == "test"',
     ]
     extras = Metadata({"Provides-Extra": ["train", "test"]})
     monkeypatch.setattr(metadata, "metadata", lambda name: extras)
     monkeypatch.setattr(metadata, "requires", lambda name: needs)
     text = doctor.report()
-    assert "no-such-package>=1, torch>=99: pip install 'humanline[train]'" in text
+    assert f"no-such-package>=1, torch>=99: {install.command('train')}\n" in text
     assert "[test]        complete" in text
 
 
@@ -241,6 +248,29 @@ def test_help_is_quick_to_come():
 def test_bench_takes_its_own_options(capsys):
     assert "active must be a fraction" in error_of(capsys, "bench", "--active", "2")
     assert "exclude each other" in error_of(capsys, "bench", "--suite", "cpu", "--active", "1")
+
+
+@pytest.mark.parametrize(
+    "more", [["--suite", "cpu"], ["--tokens", "8"], ["--repeats", "2"], ["--frozen-head"]]
+)
+def test_what_says_how_to_run_has_no_effect_on_what_is_shown(more, capsys):
+    text = error_of(capsys, "bench", "--show", "results.json", *more)
+    assert text == f"{more[0]} has no effect: --show runs nothing"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+@pytest.mark.parametrize("suite", ["gpu", "gpu-tokens", "gpu-active", "gpu-scale"])
+def test_a_gpu_s_suite_is_refused_without_one(suite, tmp_path, capsys):
+    output = tmp_path / "results.json"
+    text = error_of(capsys, "bench", "--suite", suite, "--output", str(output))
+    assert text.startswith(f"--suite {suite} is of a GPU's size (logits of ")
+    assert text.endswith("Of a CPU's size: smoke, quick, cpu, cpu-active, cpu-tokens, cpu-scale")
+    assert not output.exists()
+
+
+def test_a_gpu_s_suite_is_refused_on_the_cpu(capsys):
+    text = error_of(capsys, "bench", "--suite", "gpu", "--device", "cpu")
+    assert "logits of 8192 x 151936)" in text and "--device cpu was asked for" in text
 
 
 def test_bench_outside_a_checkout_says_what_it_needs(capsys, monkeypatch, tmp_path):

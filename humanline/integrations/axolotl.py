@@ -15,13 +15,14 @@ plugin refuses, and names the versions.
 from typing import Any, Literal
 
 import humanline as hl
+from humanline import install
 
 try:
     from axolotl.integrations.base import BasePlugin
     from pydantic import BaseModel, NonNegativeInt, model_validator
 except ImportError as error:
     raise ImportError(
-        "humanline.integrations.axolotl needs axolotl: pip install 'humanline[axolotl]'"
+        f"humanline.integrations.axolotl needs axolotl: {install.command('axolotl')}"
     ) from error
 
 

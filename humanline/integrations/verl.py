@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from humanline import install
 from humanline.integrations.perceived import perceived_log_ratio, share
 from humanline.perception import Clip, Perception
 
@@ -31,7 +32,7 @@ try:
     from verl.utils.torch_functional import masked_mean
 except ImportError as error:
     raise ImportError(
-        "humanline.integrations.verl needs verl: pip install 'humanline[verl]'"
+        f"humanline.integrations.verl needs verl: {install.command('verl')}"
     ) from error
 
 

@@ -1,6 +1,7 @@
 """GRPO and its relatives: clipped policy-gradient surrogates on token log-ratios."""
 
 import math
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ from humanline import checks
 from humanline.dtypes import at_least_float32
 from humanline.gradients import clamp, minimum
 from humanline.objectives.base import TokenObjective, as_count
+from humanline.perception import Identity
 from humanline.rows import Layout, Rows
 
 # Beyond this an exponential is held constant: a ratio of 1e34 still multiplies to finite numbers.
@@ -27,7 +29,8 @@ class PolicyObjective(TokenObjective):
         advantages: ``[S]`` or row-shaped.
         old_logps: log-probs the ratio ``r = exp(c)`` is taken to, row-shaped. Left out, it is taken
             to ``ref_logps`` (humanline: the synced reference); with neither, or with
-            ``old_logps="policy"``, to the policy itself (exactly on-policy: ``r = 1``).
+            ``old_logps="policy"``, to the policy itself (exactly on-policy: ``r = 1``), where a
+            perception has nothing to perceive: a warning says so.
     """
 
     epsilon: float = 0.2
@@ -77,6 +80,8 @@ class PolicyObjective(TokenObjective):
                 ),
             )
             old_logps = at_least_float32(old_logps.detach()).reshape(-1)
+        if not isinstance(old_logps, Tensor) and (old_logps == "policy" or ref_logps is None):
+            self._warn_of_no_reference()
         checks.require_floating(advantages=advantages)
         advantages = at_least_float32(advantages.detach())
         checks.require_same_device(
@@ -87,6 +92,15 @@ class PolicyObjective(TokenObjective):
         if isinstance(old_logps, Tensor):
             checks.require_finite("old_logps", old_logps, layout.mask)
         return {"advantages": layout.rows(advantages, "advantages"), "old_logps": old_logps}
+
+    def _warn_of_no_reference(self) -> None:
+        if self.perception != Identity() and not checks.is_compiling():
+            # The text is the same for every batch, so that Python says it once.
+            warnings.warn(
+                f"{self.perception} perceives nothing: the ratio is the policy's to itself, and "
+                "every log-ratio is 0. Pass the reference's log-probs, or leave perception out",
+                stacklevel=2,
+            )
 
     def anchor(self, logps, ref_logps, *, old_logps=None, **batch) -> Tensor:
         if isinstance(old_logps, Tensor):

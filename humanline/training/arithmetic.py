@@ -33,6 +33,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from humanline import install
 from humanline.training.scoring import is_correct
 
 SYSTEM = "Reply with the largest number."
@@ -54,7 +55,7 @@ def make_problems(count: int, seed: int) -> list[dict]:
     try:
         import reasoning_gym
     except ImportError as error:
-        message = "building the dataset needs reasoning_gym: pip install 'humanline[data]'"
+        message = f"building the dataset needs reasoning_gym: {install.command('data')}"
         raise SystemExit(message) from error
     source = reasoning_gym.create_dataset(
         "number_sorting",

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from humanline import install
 from humanline.training.errors import UserError
 
 DATA = Path(__file__).parent / "data"
@@ -197,7 +198,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
         from pyarrow import ArrowException, parquet
     except ImportError as error:
-        raise UserError("reading parquet needs pyarrow: pip install 'humanline[train]'") from error
+        raise UserError(f"reading parquet needs pyarrow: {install.command('train')}") from error
     try:
         file = parquet.ParquetFile(path)
         number = 0

@@ -5,6 +5,7 @@ import hashlib
 import importlib.util
 import inspect
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -18,6 +19,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from humanline import install
 from humanline.dropout import switch_off_noise
 from humanline.rows import IGNORE_INDEX
 from humanline.training import packing
@@ -298,7 +300,7 @@ def _with_lora(model: nn.Module, config: TrainConfig) -> nn.Module:
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
-        raise UserError("--lora needs peft: pip install 'humanline[train]'") from error
+        raise UserError(f"--lora needs peft: {install.command('train')}") from error
     targets = config.lora_target_modules.strip()
     names = [name.strip() for name in targets.split(",")]
     modules = [name for name, _ in model.named_modules()]
@@ -327,10 +329,24 @@ def model_folder(config: TrainConfig) -> Path:
         return default_model()
     folder = Path(config.model)
     if not folder.is_dir():
-        raise UserError(f"--model must be a local folder, and {folder} is not one")
+        raise UserError(
+            f"--model must be a local folder, and {folder} is not one: {_how_to_get(config.model)}"
+        )
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} holds no model: there is no config.json in it")
     return folder
+
+
+def _how_to_get(name: str) -> str:
+    """What to do for a folder of a model that was named and is not there."""
+    if not re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", name):  # no name of a model on the hub
+        name = "NAME"
+    where = name.rpartition("/")[2]
+    return (
+        f"nothing is fetched by name. With `hf download {name} --local-dir {where}` (of "
+        f"huggingface_hub) Hugging Face's hub gives one, for --model {where}; without --model, "
+        f"{_NAME} is fetched"
+    )
 
 
 def _line(error: Exception) -> str:
@@ -352,7 +368,7 @@ def default_model() -> Path:
         return folder
     if importlib.util.find_spec("gguf") is None:
         raise UserError(
-            "the default model needs gguf to be read: pip install 'humanline[train]'; or pass "
+            f"the default model needs gguf to be read: {install.command('train')}; or pass "
             "--model FOLDER"
         )
     try:

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from humanline.idle import IdleBounds
 from humanline.reference import REFERENCES
-from humanline.training import checkpoint, data, evaluate, examples, report, score
+from humanline.training import checkpoint, data, effects, evaluate, examples, report, score
 from humanline.training.config import TrainConfig, flag, resumed
 from humanline.training.errors import UserError
 from humanline.training.model import check_fits, load_model, load_tokenizer, model_folder, moved
@@ -36,6 +37,7 @@ def train(
     *,
     resume: bool = False,
     overwrite: bool = False,
+    strict: bool = False,
 ) -> dict[str, Any]:
     """Train, or go on training.
 
@@ -45,6 +47,7 @@ def train(
         output: where to write; ``runs/<objective>-<perception>`` if None.
         resume: go on with the run in ``output``.
         overwrite: replace the run in ``output``.
+        strict: whether an option without effect is an error, as it is where users type them.
 
     Returns:
         What summary.json holds.
@@ -57,6 +60,8 @@ def train(
     _require_one_process()
     try:
         config, output = _configure(options, output, resume)
+        if strict:
+            effects.require(config, options)
         _check_output(output, config, resume, overwrite)
         _warn(config)
         device = pick_device(config)
@@ -113,11 +118,19 @@ def _configure(
 
 def _warn(config: TrainConfig) -> None:
     if config.dtype == "bfloat16" and not config.lora:
-        print(
-            "humanline: warning: with bfloat16 weights, most updates of the size of "
-            f"--learning-rate {config.learning_rate} round away; use --bf16",
-            file=sys.stderr,
+        _warning(
+            "with bfloat16 weights, most updates of the size of "
+            f"--learning-rate {config.learning_rate} round away; use --bf16"
         )
+    if config.loss_type == "sft" and config.perception != "none":
+        _warning(
+            f"--perception {config.perception} does nothing: --loss-type sft has no reference, and "
+            "none of its tokens a log-ratio"
+        )
+
+
+def _warning(text: str) -> None:
+    print(f"humanline: warning: {text}", file=sys.stderr)
 
 
 def _stored(output: Path) -> dict[str, Any] | None:
@@ -201,6 +214,11 @@ def _read_data(config: TrainConfig):
     if config.data is None and config.heldout is None:
         heldout = data.DEFAULT_HELDOUT
     dataset = data.read_examples(path)
+    if config.reward_threshold is not None and dataset.kind != "rewards":
+        raise UserError(
+            f"--reward-threshold {config.reward_threshold:g} has no effect: it needs data with "
+            f"rewards, and {path} holds {dataset.kind}"
+        )
     questions = None if heldout is None else data.read_questions(heldout)
     files = {"data": path, "heldout": heldout}
     return dataset, questions, {n: data.fingerprint(p) for n, p in files.items() if p is not None}
@@ -225,9 +243,9 @@ def _prepare(dataset, questions, tokenizer, config):
     groups, warnings = examples.make_units(dataset, tokenizer, config)
     left_out = examples.check_skipped(dataset.skipped, rows, config)
     for warning in [*([left_out] if left_out else []), *warnings]:
-        print(f"humanline: warning: {warning}", file=sys.stderr)
+        _warning(warning)
     if config.objective == "kto" and len({u.value for group in groups for u in group}) == 1:
-        print("humanline: warning: all labels are the same: nothing to contrast", file=sys.stderr)
+        _warning("all labels are the same: nothing to contrast")
     return groups, measure
 
 
@@ -263,6 +281,9 @@ def _loop(
     reference = REFERENCES[config.reference](policy, scorer, config.sync_every)
     first = _restore(checkpoint.load_latest(output, device), policy, optimizer, reference)
     metrics = report.Metrics(output / report.METRICS, first)
+    idle = IdleBounds(objective.perception)
+    for row in metrics.rows:  # of a run that is resumed, the first steps are those
+        _watch(idle, row)
 
     def save(done: int) -> None:
         metrics.flush()
@@ -293,6 +314,9 @@ def _loop(
             }
             metrics.write({"step": step, **row, "timing": timing})
             report.show(bar, metrics.rows[-1])
+            if found := _watch(idle, row):
+                with bar.external_write_mode(sys.stderr):
+                    _warning(found)
             done = step + 1
             last = done == config.max_steps
             if last or stop() or (config.save_steps and done % config.save_steps == 0):
@@ -316,6 +340,13 @@ def _gradients(objective, policy, batches, scores, config) -> dict[str, Any]:
             {"loss": loss.detach()} | stats | {"humanline/rows": batch.completions.written.sum()}
         )
     return report.merge([{name: float(value) for name, value in row.items()} for row in rows])
+
+
+def _watch(idle: IdleBounds, row: dict[str, Any]) -> str | None:
+    """What to warn of once a step has these metrics."""
+    tokens = row["humanline/rows"]
+    idle.saw(row.get("humanline/unclamped", 1.0) * tokens, tokens)
+    return idle.stepped()
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:

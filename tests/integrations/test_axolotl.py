@@ -2,12 +2,14 @@
 
 import importlib
 import inspect
+import re
 import sys
 from types import ModuleType, SimpleNamespace
 
 import pytest
 
 import humanline as hl
+from humanline import install
 
 pydantic = pytest.importorskip("pydantic", reason="Axolotl's schemas are pydantic's")
 
@@ -126,5 +128,5 @@ def test_axolotl_merges_and_calls_it(applied, monkeypatch):
 def test_without_axolotl_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "axolotl.integrations.base", None)
     monkeypatch.delitem(sys.modules, PLUGIN, raising=False)
-    with pytest.raises(ImportError, match=r"pip install 'humanline\[axolotl\]'"):
+    with pytest.raises(ImportError, match=re.escape(install.command("axolotl"))):
         importlib.import_module(PLUGIN)

@@ -8,7 +8,7 @@ import pytest
 import torch
 import trl_tiny as tiny
 from transformers import LlamaForCausalLM
-from trl import DPOConfig, SFTConfig, SFTTrainer, TrlParser
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer, TrlParser
 
 import humanline as hl
 from humanline.integrations.trl import (
@@ -70,6 +70,66 @@ def test_the_log_says_what_is_on_once(tmp_path, caplog):
         and "copy, synced every 3 optimizer steps" in message
     )
     assert "humanline's fused head" in message
+
+
+def idle(caplog):
+    """The warnings of bounds that have not acted."""
+    found = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    caplog.clear()
+    return [message for message in found if "perception has not acted" in message]
+
+
+STILL = {"learning_rate": 1e-9, "sync_every": 0}
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_bounds_that_never_act_are_warned_of_once(tmp_path, caplog, loss):
+    """In the first 20 optimizer steps, however many batches they take."""
+    trainer, config, data = LOSSES[loss]
+    options = {"gradient_accumulation_steps": 2, "max_steps": 22, "log_eps_R": 0.5, **STILL}
+    built = tiny.build(trainer, config, tmp_path, data(4), options=options)
+    batches = tiny.recorded(built)
+    built.train()
+    (message,) = idle(caplog)
+    tokens = sum(int(b["completion_mask"].sum()) for b in batches[:40])
+    assert f"in the first 20 steps none of {tokens} tokens had a log-ratio" in message
+    assert "below -1.5 or above 0.5 nats" in message
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"humanline": False},
+        {"max_steps": 19},
+        {"log_eps_P": -1e-6, "log_eps_R": 1e-6, "learning_rate": 1e-4},
+        {"log_eps_P": -float("inf"), "log_eps_R": float("inf")},
+    ],
+)
+def test_bounds_that_act_or_are_none_are_not_warned_of(tmp_path, caplog, options):
+    build(tmp_path, **{"max_steps": 21, **STILL, **options}).train()
+    assert idle(caplog) == []
+
+
+@pytest.mark.parametrize(("loss", "warned"), [("sft", 1), ("sigmoid", 0)])
+def test_perception_without_a_reference_is_warned_of(tmp_path, caplog, loss, warned):
+    build(tmp_path, loss_type=[loss])
+    build(tmp_path, loss_type=[loss], humanline=False)
+    messages = [r.getMessage() for r in caplog.records]
+    assert sum('does nothing: the "sft" loss has no reference' in m for m in messages) == warned
+
+
+def test_evaluations_do_not_count_as_steps(tmp_path, caplog):
+    options = {"eval_strategy": "steps", "eval_steps": 1, "max_steps": 19, **STILL}
+    build(tmp_path, arguments={"eval_dataset": tiny.pairs(2)}, **options).train()
+    assert idle(caplog) == []
+
+
+def test_a_trainer_that_became_humanline_warns_too(tmp_path, caplog):
+    data, options = tiny.pairs(4), {"max_steps": 20, "learning_rate": 1e-9}
+    trainer = tiny.build(DPOTrainer, DPOConfig, tmp_path, data, options=options)
+    apply_humanline(trainer)
+    trainer.train()
+    assert len(idle(caplog)) == 1
 
 
 # Contradictions

@@ -601,3 +601,9 @@ def test_a_template_that_changes_the_prompt(folder, monkeypatch):
 def test_contradictions_are_refused(folder, options, message):
     with pytest.raises(ValueError, match=message):
         build(folder, **options)
+
+
+def test_bounds_that_never_act_are_warned_of(folder, caplog):
+    build(folder, max_steps=20, learning_rate=1e-9).train()
+    found = [r.getMessage() for r in caplog.records if "perception has not acted" in r.getMessage()]
+    assert len(found) == 1 and "none of " in found[0]

@@ -1,5 +1,6 @@
 """TRL's log-prob kernels against ours, and the patch that swaps them."""
 
+import re
 import sys
 
 import pytest
@@ -11,6 +12,7 @@ from trl.kernels import ChunkedLogProbFunction as TheirChunked
 from trl.trainer import utils
 
 import humanline as hl
+from humanline import install
 from humanline.integrations.trl import head as trl_head
 from humanline.integrations.trl import version as trl_version
 
@@ -236,7 +238,7 @@ def test_missing_trl_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "trl", None)
     for name in [n for n in sys.modules if n.startswith("humanline.integrations.trl")]:
         monkeypatch.delitem(sys.modules, name)
-    with pytest.raises(ImportError, match=r"pip install 'humanline\[trl\]'"):
+    with pytest.raises(ImportError, match=re.escape(install.command("trl"))):
         _ = hl.patch_trl
 
 

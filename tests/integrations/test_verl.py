@@ -1,6 +1,7 @@
 """The policy loss "humanline", in verl where it is installed and in a transcription of it."""
 
 import importlib
+import re
 import sys
 from types import SimpleNamespace
 
@@ -10,6 +11,7 @@ import verl_double
 from oracle import close, leaf
 
 import humanline as hl
+from humanline import install
 
 B, T = 4, 5
 MASK = torch.arange(T) < torch.tensor([5, 3, 4, 1])[:, None]
@@ -140,5 +142,5 @@ def test_bad_perceptions_are_refused(integration):
 def test_without_verl_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "verl.trainer.ppo.core_algos", None)
     monkeypatch.delitem(sys.modules, "humanline.integrations.verl", raising=False)
-    with pytest.raises(ImportError, match=r"pip install 'humanline\[verl\]'"):
+    with pytest.raises(ImportError, match=re.escape(install.command("verl"))):
         importlib.import_module("humanline.integrations.verl")

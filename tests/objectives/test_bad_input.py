@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -302,6 +303,24 @@ def test_reference_free_objectives_refuse_a_perception(cls, perception):
     name = type(perception).__name__
     with pytest.raises(ValueError, match=rf"{cls.__name__} is reference-free: .* got {name}\("):
         cls(perception=perception)
+
+
+@pytest.mark.parametrize("cls", [hl.GRPO, hl.PPO])
+def test_perception_without_a_reference_is_warned_of_once(cls):
+    ratio_1 = {"advantages": torch.ones(DATA.B)}
+    clip = cls(perception=hl.Clip(-0.5, 0.25))
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("default")
+        for rows in (slice(None), slice(0, 3)):
+            clip.from_logps(DATA.logps[:, rows], None, DATA.mask[:, rows], **ratio_1)
+        clip.from_logps(DATA.logps, DATA.ref, DATA.mask, old_logps="policy", **ratio_1)
+    (warning,) = [w for w in found if "perceives nothing" in str(w.message)]
+    assert str(warning.message).startswith("Clip(log_eps_P=-0.5, log_eps_R=0.25) perceives nothing")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        cls().from_logps(DATA.logps, None, DATA.mask, **ratio_1)
+        clip.from_logps(DATA.logps, DATA.ref, DATA.mask, **ratio_1)
+        clip.from_logps(DATA.logps, None, DATA.mask, old_logps=DATA.ref, **ratio_1)
 
 
 @pytest.mark.parametrize("perception", ["clip", None, hl.Clip])

@@ -321,3 +321,15 @@ def test_files_of_a_run_that_were_broken(options, tmp_path):
     (output / "config.json").write_text(json.dumps(stored))
     with pytest.raises(UserError, match=r"not of this version's runs: .*magic"):
         run.train({}, output, resume=True)
+
+
+@pytest.mark.parametrize("reference", REFERENCES)
+def test_a_run_stopped_after_its_last_step_is_finished(reference, options, tmp_path, monkeypatch):
+    options |= {"max_steps": 4, "reference": reference, "sync_every": 1}
+    run.train(options, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "_finish", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run.train(options, tmp_path / "out")
+    assert run.train({}, tmp_path / "out", resume=True)["steps"] == 4
+    assert without_timing(tmp_path / "out") == without_timing(tmp_path / "whole")

@@ -1,5 +1,6 @@
 """Whole runs on a tiny model: they learn, they write what they promise, they follow the rule."""
 
+import contextlib
 import copy
 import json
 import math
@@ -419,6 +420,48 @@ def test_groups_of_equal_rewards_are_warned_of(options, tmp_path, capsys):
         options | {"objective": "kto", "reward_threshold": 0.4, "max_steps": 1}, tmp_path / "t"
     )
     assert expected not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_bounds_that_never_act_are_warned_of_once(objective, options, tmp_path, capsys):
+    options |= {"objective": objective, "max_steps": 22, "eval_limit": 0, "learning_rate": 1e-6}
+    run.train(options, tmp_path / "idle")
+    err = capsys.readouterr().err
+    tokens = sum(int(row["humanline/rows"]) for row in metrics(tmp_path / "idle")[:20])
+    expected = f"in the first 20 steps none of {tokens} tokens had a log-ratio to the reference "
+    assert err.count("warning") == 1 and err.count(expected) == 1
+    assert "below -0.05 or above 0.05 nats" in err
+    run.train(options | {"max_steps": 19}, tmp_path / "short")
+    run.train(options | {"perception": "none"}, tmp_path / "none")
+    run.train(options | {"learning_rate": 1e-3}, tmp_path / "acts")
+    assert metrics(tmp_path / "acts")[0]["humanline/unclamped"] == 1  # and later less
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_the_first_steps_of_a_resumed_run_are_those_before(options, tmp_path, capsys, monkeypatch):
+    options |= {"max_steps": 24, "save_steps": 2, "eval_limit": 0, "learning_rate": 1e-6}
+    finite = run._require_finite
+    for stop, warnings in ((12, 0), (22, 1), (None, 0)):  # after how many steps it dies
+
+        def dying(step, row, stop=stop):
+            finite(step, row)
+            if step == stop:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(run, "_require_finite", dying)
+        with contextlib.suppress(KeyboardInterrupt):
+            resume = stop != 12
+            run.train({} if resume else options, tmp_path / "out", resume=resume)
+        assert capsys.readouterr().err.count("in the first 20 steps none of") == warnings
+    assert (tmp_path / "out/summary.json").exists()
+
+
+@pytest.mark.parametrize("perception", PERCEPTIONS)
+def test_perception_without_a_reference_is_warned_of(perception, options, tmp_path, capsys):
+    options |= {"loss_type": "sft", "perception": perception, "max_steps": 1, "eval_limit": 0}
+    run.train(options, tmp_path / "out")
+    expected = f"--perception {perception} does nothing: --loss-type sft has no reference"
+    assert capsys.readouterr().err.count(expected) == (perception != "none")
 
 
 def test_good_data_are_not_warned_of(options, tmp_path, capsys):

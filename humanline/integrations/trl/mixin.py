@@ -21,6 +21,7 @@ from trl.trainer.utils import FusedCausalLMOutput
 
 from humanline.checks import require
 from humanline.gradients import moving
+from humanline.idle import IdleBounds
 from humanline.integrations.perceived import perceived_log_ratio, share
 from humanline.integrations.trl import checks
 from humanline.integrations.trl.head import causal_model, fused_head
@@ -39,6 +40,8 @@ class HumanlineMixin:
     #: How log-ratios are perceived; None where humanline is off.
     perception: Perception | None = None
     reference: Reference | None = None
+    #: Counts, in the first steps, what the perception's bounds do.
+    idle: IdleBounds | None = None
     #: Whether the reference is the model without its adapter until it is synced, as TRL's is.
     begins_at_base = False
 
@@ -67,8 +70,10 @@ class HumanlineMixin:
         with fused_head(model, entropy_gradient=getattr(self, "_entropy_bonus_enabled", False)):
             yield
         mode = "train" if self.model.training else "eval"
-        counts = (self.accelerator.gather(x).sum() for x in self._unclamped)
+        counts = [self.accelerator.gather(x).sum() for x in self._unclamped]
         self._metrics[mode]["humanline/unclamped"].append(share(*counts).item())
+        if mode == "train":
+            self.idle.saw(*counts)
         if mode == "train" and self.is_deepspeed_enabled and self.accelerator.sync_gradients:
             # DeepSpeed steps inside backward(): this is the last moment before it.
             self.reference.before_step()
@@ -109,6 +114,18 @@ class SyncBeforeStep(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         self.reference.before_step()
+
+
+class WarnOfIdleBounds(TrainerCallback):
+    """Says once, after the first steps, if the perception's bounds have not acted on any token."""
+
+    def __init__(self, idle: IdleBounds):
+        self.idle = idle
+
+    def on_step_end(self, args, state, control, **kwargs):
+        found = self.idle.stepped()
+        if found:
+            logger.warning(f"humanline: {found}")
 
 
 class PreferenceMixin(HumanlineMixin):

@@ -14,6 +14,7 @@ from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, KTOConfig, KTOTr
 from trl.trainer.base_trainer import _BaseTrainer
 
 from humanline.checks import require
+from humanline.idle import IdleBounds
 from humanline.integrations.trl import checks, noise
 from humanline.integrations.trl.lookahead import LookaheadMixin
 from humanline.integrations.trl.mismatched import mismatched
@@ -22,6 +23,7 @@ from humanline.integrations.trl.mixin import (
     PolicyGradientMixin,
     PreferenceMixin,
     SyncBeforeStep,
+    WarnOfIdleBounds,
     logger,
 )
 from humanline.integrations.trl.offline import (
@@ -269,6 +271,8 @@ def _install(
     if precomputed:
         kind = "scored before training"
         _map_datasets(trainer, trainer.precompute)
+    trainer.idle = IdleBounds(perception)
+    trainer.add_callback(WarnOfIdleBounds(trainer.idle))
     if not trainer.is_deepspeed_enabled:
         trainer.add_callback(SyncBeforeStep(trainer.reference))
     if noisy:
@@ -276,6 +280,8 @@ def _install(
             f"humanline: what is random in {len(noisy)} modules, {noisy[0] or 'the model'} among "
             "them, is switched off: it would be taken for the policy's drift"
         )
+    if isinstance(trainer, DPOTrainer) and set(trainer.loss_types) == {"sft"}:
+        logger.warning(f'humanline: {perception} does nothing: the "sft" loss has no reference')
     steps = "optimizer step" if sync_every == 1 else f"{sync_every} optimizer steps"
     logger.info(
         f"humanline: {perception}; reference: {kind}, "

@@ -2,6 +2,7 @@
 
 from importlib.metadata import version
 
+from humanline import install
 from humanline.checks import require
 
 try:
@@ -9,7 +10,7 @@ try:
 except ImportError as error:
     raise ImportError(
         f"humanline's TRL trainers need TRL, which cannot be imported ({error}): "
-        "pip install 'humanline[trl]'"
+        f"{install.command('trl')}"
     ) from error
 
 #: Versions whose hook points were read and tested.
