@@ -13,7 +13,8 @@ from types import ModuleType
 from typing import Any
 
 from bench.cases import SUITES
-from bench.machine_code.compile_report import CARDS, ROW_KERNELS
+from bench.machine_code.cards import CARDS
+from bench.machine_code.row_kernels import ROW_KERNELS
 from bench.measure import Result
 from bench.memory import long_context, reference_memory
 from bench.paper import model
