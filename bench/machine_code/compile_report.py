@@ -30,6 +30,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from bench.machine_code.cards import CARDS
 from bench.machine_code.sass import Loop, hot_loops
 from humanline.kernels import (
     head_rows,
@@ -134,22 +135,6 @@ ROW_KERNELS = {
 }
 
 
-@dataclass(frozen=True)
-class Card:
-    """SMs, their clock (Hz) and the memory's bytes a second, from the makers' data sheets."""
-
-    name: str
-    sms: int
-    clock: float
-    bandwidth: float
-
-
-CARDS = {
-    "sm_90": Card("H100 SXM", 132, 1.755e9, 3.35e12),
-    "sm_100": Card("B200", 148, 1.85e9, 8.0e12),
-}
-ISSUE, MUFU = 128, 16  # lanes a cycle of an SM
-LATENCY = 700e-9  # of a load that misses the caches, under load: an estimate
 REGISTERS, THREADS = 65_536, 2_048  # of an SM
 
 # How tiles are loaded and multiplied: what the machine code calls it, what the report does.
@@ -206,10 +191,10 @@ def with_bounds(report: Report, dtype: str, threads: int, element_bytes: int) ->
     card = CARDS[report.target]
     mufu = sum(loop.pipes.get("MUFU", 0) / loop.elements for loop in report.loops)
     seconds = {  # of an element of a row
-        "issue": report.instructions_per_element / (ISSUE * card.sms * card.clock),
-        "MUFU": mufu / (MUFU * card.sms * card.clock),
+        "issue": card.issuing(report.instructions_per_element),
+        "MUFU": card.exponentials(mufu),
         "memory": moved(TORCH_DTYPES[dtype].itemsize) / card.bandwidth,
-        "latency": element_bytes * LATENCY / (report.bytes_in_flight * card.sms),
+        "latency": card.waiting(element_bytes, report.bytes_in_flight),
     }
     bound = max(seconds, key=seconds.get)
     return replace(
