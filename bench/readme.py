@@ -33,6 +33,10 @@ def gpu() -> str:
     return _measured("gpu") or NO_GPU
 
 
+def predicted() -> str:
+    return f"{model.floors()}\n\n{model.bandwidths()}"
+
+
 def scale() -> str:
     return model.table()
 
@@ -56,6 +60,7 @@ BLOCKS = {
     "cpu": cpu,
     "gpu": gpu,
     "plots": plots,
+    "predicted": predicted,
     "scale": scale,
     "reference": reference,
     "long-context": context,

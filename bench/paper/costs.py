@@ -138,6 +138,10 @@ class Tail:
         n = rows * self.vocab
         return Kernel(0, n * (read + written), loop=(name, step), elements=n, read=n * read)
 
+    def copies_of_weight(self, *an_element: float) -> list[Kernel]:
+        """Passes over something as large as the weight, each moving so many bytes of an element."""
+        return [Kernel(0, self.weight * x) for x in an_element]
+
     def moved(self, *a_logit: float) -> list[Kernel]:
         """Passes over all logits, each moving so many bytes of one."""
         return [Kernel(0, self.logits * x) for x in a_logit if x]
@@ -422,7 +426,7 @@ def _ours_from_hidden(t: Tail, blocks: Blocks, share: float) -> Cost:
         passes += [t.row_kernel("block, softmax", 4, 0, n) for n in in_blocks]
         passes += [t.row_kernel("block, dz", 4 * share, t.b * share, n) for n in in_blocks]
     if t.half and t.trained and not blocks.once:
-        passes.append(Kernel(0, t.weight * (4 + t.b)))
+        passes += t.copies_of_weight(4 + t.b)
     return Cost(
         forward + of_hidden * (1 + blocks.again) + of_weight * t.trained,
         passes,

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from bench.cases import Case
 from bench.machine_code.cards import CARDS, Card
-from bench.paper.costs import COSTS, Kernel, Tail
+from bench.paper.costs import COSTS, Cost, Kernel, Tail
 from bench.peers import OURS
 from bench.report import floor, markdown, megabytes, seconds
 from bench.run import ROOT, Results, committed
@@ -119,7 +119,7 @@ H100 = Device(
     gemm=700e12,
     copy=3.0e12,
     gemm_float32=67e12,
-    exposed=0.2,
+    exposed=0.22,
     launch=2.2e-6,
     host_launch=10e-6,
     card=CARDS["sm_90"],
@@ -204,17 +204,23 @@ def predict(
     """
     rows, vocab = case.tokens / layout.tokens, case.vocab / layout.vocab
     t = Tail(case, rows, vocab, device.is_cpu, workspace)
-    cost = COSTS[who](t)
-    launches = len(cost.gemms) + len(cost.passes) + cost.small
+    p = combined(COSTS[who](t), device)
     exchanged = 2 * t.hidden * t.b if layout.vocab > 1 else 0  # and its gradient
     gathered = t.weight * t.b if layout.gathered else 0
+    collectives = 0 if t.from_logits else _collectives(t, layout)
+    return replace(p, collectives=collectives, bytes=p.bytes + exchanged + gathered)
+
+
+def combined(cost: Cost, device: Device) -> Prediction:
+    """What a device by itself makes of it."""
+    launches = len(cost.gemms) + len(cost.passes) + cost.small
     return Prediction(
         gemm=sum(map(device.seconds, cost.gemms)),
         passes=sum(map(device.seconds, cost.passes)),
-        collectives=0 if t.from_logits else _collectives(t, layout),
-        bytes=cost.peak + exchanged + gathered,
         launches=cost.small * device.launch,
         host=launches * device.host_launch,
+        collectives=0,
+        bytes=cost.peak,
     )
 
 
@@ -329,10 +335,42 @@ def table() -> str:
     return markdown(head, rows)
 
 
+WIDTHS = 1_024, 2_048, 4_096, 8_192
+
+
+def floors() -> str:
+    """8,192 rows of GRPO against the bare GEMMs, by the width of hidden states, in Markdown."""
+    head = ["H", "humanline", "of it GEMMs", "row kernels, sums", "bare GEMMs", "ratio"]
+    rows = []
+    for width in WIDTHS:
+        case = Case("grpo", "hidden", 8_192, width, 151_936, "bfloat16")
+        ours, bare = (predict(case, H100, who) for who in (OURS, "bare GEMMs"))
+        times = [ours.seconds, ours.gemm, ours.passes, bare.seconds]
+        rows.append([f"{width:,}", *map(seconds, times), f"{ours.seconds / bare.seconds:.2f}"])
+    return markdown(head, rows)
+
+
+def bandwidths() -> str:
+    """From logits: what is attained of a memory's bandwidth, in Markdown."""
+    head = ["8,192 × 151,936 logits", "card", "time", "of a copy's bandwidth", "of the datasheet's"]
+    rows = []
+    for name, objective in (("GRPO, one launch", "grpo"), ("DPO, log-probs and gradient", "dpo")):
+        case = Case(objective, "logits", 8_192, 4_096, 151_936, "bfloat16")
+        for device in (H100, B200):
+            time = predict(case, device).seconds
+            rate = work(case, OURS, False)[1] / time
+            shares = [f"{rate / x:.0%}" for x in (device.copy, device.card.bandwidth)]
+            rows.append([name, device.name, seconds(time), *shares])
+    return markdown(head, rows)
+
+
 def main(paths: list[str]) -> None:
     for path in map(Path, paths):
         print("\n".join(check(Results.load(path))), "\n")
-    print("Predicted: GRPO, bf16, a trainable head, forward and backward, a step on H100s\n")
+    print("Predicted, not measured: bf16, forward and backward. GRPO, one H100\n")
+    print(floors(), "\n")
+    print(bandwidths(), "\n")
+    print("GRPO, a trainable head, a step on H100s\n")
     print(table())
 
 
