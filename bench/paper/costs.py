@@ -366,9 +366,8 @@ def ours(t: Tail) -> Cost:
     return _ours_from_hidden(t, _blocks(t), t.case.active)
 
 
-# Small launches of GRPO, counted (bench/machine_code/launches.py; tests/bench/test_launches.py holds
-# them to that); taken for every objective, of which others have some ten more, and a few more a
-# flush.
+# Small launches of GRPO, counted: tests/bench/test_launches.py holds them to what
+# bench/machine_code/launches.py finds. For other objectives they are an estimate.
 SMALL_FROM_LOGITS = 13
 SMALL_AT_ONCE = 19
 SMALL_SUMMED, SMALL_A_FLUSH = 16, 6

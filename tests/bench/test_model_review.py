@@ -80,7 +80,7 @@ def test_the_earlier_schedule(hidden, estimate, bare):
 
 
 def test_what_launches_cost():
-    """A coefficient kernel for 70 of 101 launches a block: 5 ms of the device, 20 ms of the host."""
+    """70 of 101 launches a block: 5 ms of the device, 20 ms of the host."""
     cost = earlier(tail(4_096))
     fewer = replace(cost, small=SMALL - 70 * BLOCKS)
     a, b = (combined(c, OLD_H100) for c in (cost, fewer))
