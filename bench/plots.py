@@ -2,7 +2,8 @@
 
     python -m bench.plots [FOLDER …]        # of results; all in bench/results/ if left out
 
-Okabe and Ito's colours, and for every line its own marker and dash. Each file carries a digest of
+Okabe and Ito's colours, and for every line its own marker and dash; what was predicted, not
+measured, is dotted without a marker. Each file carries a digest of
 the numbers it was drawn from, which a test compares with the results beside it.
 """
 
@@ -28,11 +29,15 @@ COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 MARKERS, DASHES = "osD^vPX*<>", ["-", "--", "-.", ":"]
 STYLE = {"font.size": 9, "axes.grid": True, "grid.alpha": 0.3, "svg.hashsalt": "humanline"}
 PREFERRED = (OURS, "eager")  # the same style in every plot
+PREDICTED = ", predicted"  # ends the names of lines that nobody measured
 
 Points = dict[str, list[tuple[float, float]]]
 
 
 def _style(name: str, index: int) -> dict:
+    if name.endswith(PREDICTED):
+        measured = _style(name.removesuffix(PREDICTED), index)
+        return measured | {"marker": "", "linestyle": (0, (1, 2)), "linewidth": 1.3}
     i = PREFERRED.index(name) if name in PREFERRED else 2 + index
     return {
         "color": COLOURS[i % len(COLOURS)],
@@ -129,7 +134,7 @@ def _predicted(results: Results, base: Case, what: str) -> Points:
     for n in (2**k for k in range(9, 21)):
         p = predict(replace(base, tokens=n), device)
         line.append((n, p.seconds * 1e3 if what == "time" else p.bytes / 1e6))
-    return {f"{OURS}, predicted": line}
+    return {OURS + PREDICTED: line}
 
 
 def active(results: Results):
@@ -179,7 +184,7 @@ def memory_at_scale():
     for who in (OURS, "eager"):
         for n in (2**k for k in range(11, 21)):
             p = predict(Case("grpo", "hidden", n, 4096, 151_936, "bfloat16"), H100, who)
-            points.setdefault(who, []).append((n, p.bytes / 1e9))
+            points.setdefault(who + PREDICTED, []).append((n, p.bytes / 1e9))
     title = "Predicted, one H100: GRPO from hidden states, H=4096, V=151,936, bf16"
     return "predicted-memory-tokens", title, points, ("tokens", "GB beside the inputs", "xy")
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from bench.cases import SUITES
 from bench.machine_code.cards import CARDS
-from bench.machine_code.row_kernels import ROW_KERNELS
+from bench.machine_code.row_kernels import ROW_KERNELS, TOLD, reports
 from bench.measure import Result
 from bench.memory import long_context, reference_memory
 from bench.paper import model
@@ -24,8 +24,6 @@ from bench.run import ROOT, Results, committed
 from humanline.training.errors import UserError
 
 BLOCK = re.compile(r"(<!-- bench:([\w-]+) -->\n)(.*?)(<!-- /bench -->)", re.S)
-REPORTS = ROOT / "bench/results/compile-report"
-TOLD = "3.7.1"  # the Triton whose machine code the table is of
 NO_GPU = "On a GPU nothing has been measured yet."
 
 
@@ -37,14 +35,18 @@ def gpu() -> str:
     return _measured("gpu") or NO_GPU
 
 
+def predicted() -> str:
+    return f"{model.floors()}\n\n{model.bandwidths()}"
+
+
 def scale() -> str:
     return model.table()
 
 
 def machine_code() -> str:
     """What bounds each row kernel with one Triton, and what spills with each."""
-    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(REPORTS.iterdir())]
-    told = next(r for r in found if r["environment"]["triton"] == TOLD)
+    found = reports()
+    told = found[TOLD]
     records = {(r["name"], r["target"]): r for r in told["results"]}
     rows = [
         [f"`{kernel}`", *(_bound(records[variant, target]) for target in CARDS)]
@@ -52,24 +54,22 @@ def machine_code() -> str:
     ]
     e = told["environment"]
     head = ["row kernel", *(f"{target} ({card.name})" for target, card in CARDS.items())]
-    versions = [r["environment"]["triton"] for r in found]
     spilled = [
-        f"`{r['name']}` on {r['target']} ({report['environment']['triton']}: {r['spills']})"
-        for report in found
+        f"`{r['name']}` on {r['target']} ({version}: {r['spills']})"
+        for version, report in found.items()
         for r in report["results"]
         if r["spills"]
     ]
     return (
         f"{markdown(head, rows)}\n\n"
         "Instructions a logit and what bounds a row, read from the machine code "
-        f"(V={e['vocab']:,}, {e['dtype']}, Triton {e['triton']}); the share of the "
-        "card's bandwidth is an estimate, not measured. Registers spilled with Triton "
-        f"{', '.join(versions)}: {', '.join(spilled) or 'none'}."
+        f"(V={e['vocab']:,}, {e['dtype']}, Triton {TOLD}). Registers spilled with Triton "
+        f"{', '.join(found)}: {', '.join(spilled) or 'none'}."
     )
 
 
 def _bound(r: dict[str, Any]) -> str:
-    return f"{r['instructions_per_element']:g}, {r['bound']}, {r['fraction_of_bandwidth']:.0%}"
+    return f"{r['instructions_per_element']:g}, {r['bound']}"
 
 
 def plots() -> str:
@@ -91,6 +91,7 @@ BLOCKS = {
     "cpu": cpu,
     "gpu": gpu,
     "plots": plots,
+    "predicted": predicted,
     "scale": scale,
     "machine-code": machine_code,
     "reference": reference,

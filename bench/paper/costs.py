@@ -20,11 +20,17 @@ class Kernel:
         flops: multiplied.
         bytes: read and written.
         wide: multiplied in float32, whatever the inputs' dtype.
+        loop: of a row kernel: its name in the compile report, and which of its passes.
+        elements: of rows, which such a pass takes.
+        read: bytes of these that come from memory, not from a cache.
     """
 
     flops: float
     bytes: float
     wide: bool = False
+    loop: tuple[str, int] | None = None
+    elements: float = 0
+    read: float = 0
 
 
 @dataclass(frozen=True)
@@ -33,13 +39,15 @@ class Cost:
 
     Attributes:
         gemms: the products of hidden states, head and logits.
-        passes: what moves logits beside them.
+        passes: what moves logits, or sums as large as the weight, beside them.
         peak: the highest sum of what is allocated beside the inputs, gradients included; bytes.
+        small: launches of kernels that take no time but their launch's; counted of humanline alone.
     """
 
     gemms: list[Kernel]
     passes: list[Kernel]
     peak: float
+    small: int = 0
 
 
 @dataclass(frozen=True)
@@ -114,6 +122,25 @@ class Tail:
         times = max(math.ceil(self.rows * share / at_once), 1)
         moved = self.logits * share * a_logit + self.weight * a_weight * times
         return Kernel(2 * self.logits * self.case.hidden * share, moved, wide)
+
+    def products(self, rows: Iterable[float], a_logit: float, a_weight: float) -> list[Kernel]:
+        """GEMMs of so many rows each, which move so many bytes for each logit and element of the
+        head."""
+        return [
+            Kernel(2 * n * self.weight, n * self.vocab * a_logit + self.weight * a_weight)
+            for n in rows
+        ]
+
+    def row_kernel(
+        self, name: str, read: float, written: float, rows: float, step: int = 0
+    ) -> Kernel:
+        """A pass of a row kernel, which moves so many bytes of each logit from and to memory."""
+        n = rows * self.vocab
+        return Kernel(0, n * (read + written), loop=(name, step), elements=n, read=n * read)
+
+    def copies_of_weight(self, *an_element: float) -> list[Kernel]:
+        """Passes over something as large as the weight, each moving so many bytes of an element."""
+        return [Kernel(0, self.weight * x) for x in an_element]
 
     def moved(self, *a_logit: float) -> list[Kernel]:
         """Passes over all logits, each moving so many bytes of one."""
@@ -339,28 +366,71 @@ def ours(t: Tail) -> Cost:
     return _ours_from_hidden(t, _blocks(t), t.case.active)
 
 
+# Small launches of GRPO, counted: tests/bench/test_launches.py holds them to what
+# bench/machine_code/launches.py finds. For other objectives they are an estimate.
+SMALL_FROM_LOGITS = 13
+SMALL_AT_ONCE = 19
+SMALL_SUMMED, SMALL_A_FLUSH = 16, 6
+
+
 def _ours_from_logits(t: Tail, fused: bool) -> Cost:
     """In one launch a row's second read finds it on the chip."""
-    passes = [2 * t.b] if fused else [t.b, t.b * (t.case.active + 1)]
+    if fused:
+        passes = [
+            t.row_kernel("loss, clipped", t.b, 0, t.rows),
+            t.row_kernel("loss, clipped", 0, t.b, t.rows, step=1),
+        ]
+    else:
+        active = t.case.active
+        forward = t.row_kernel("forward", t.b, 0, t.rows)
+        passes = [forward, t.row_kernel("backward", t.b * active, t.b, t.rows)]
     float32 = 2 * BLOCK_BYTES * (t.is_cpu and t.half)  # a block's logits and gradient
-    return Cost([], t.moved(*passes), t.logits * t.b + float32)
+    return Cost([], passes, t.logits * t.b + float32, SMALL_FROM_LOGITS)
+
+
+def pieces(rows: float, at_once: float) -> list[float]:
+    """So many rows at a time, at last what is left."""
+    whole, rest = divmod(rows, at_once)
+    return [at_once] * int(whole) + [rest] * (rest > 0)
+
+
+def block_pieces(rows: float, blocks: Blocks, share: float = 1) -> list[float]:
+    """Rows of each block. None spans two fillings of the stack, in which only the share of the rows
+    with a gradient stays."""
+    filling = blocks.waiting / max(share, 1e-3) or rows
+    return [n for some in pieces(rows, filling) for n in pieces(some, blocks.rows)]
+
+
+def small_launches(blocks: Blocks, flushes: int) -> int:
+    """Of humanline from hidden states."""
+    return SMALL_AT_ONCE if blocks.once else SMALL_SUMMED + SMALL_A_FLUSH * flushes
 
 
 def _ours_from_hidden(t: Tail, blocks: Blocks, share: float) -> Cost:
-    """The sum over rows for the weight is float32, read and written for all that wait.
+    """The sum over rows for the weight is float32, read and written for all that wait, and rounded
+    at the end.
 
     Args:
         share: of the rows whose gradient is multiplied.
     """
     fused = blocks.again and not t.is_cpu  # into the GEMMs, which write no logits
-    at_once = blocks.waiting or blocks.rows
-    of_hidden = t.product(t.b, t.b, at_once, share)
-    of_weight = t.product(t.b, t.b if blocks.once else 8, at_once, share)
-    forward = t.product(0, t.b) if fused else t.product(4, t.b, blocks.rows)
+    in_blocks = block_pieces(t.rows, blocks, share)
+    multiplied = pieces(t.rows * share, blocks.waiting or blocks.rows)
+    of_hidden = t.products(multiplied, t.b, t.b)
+    of_weight = t.products(multiplied[:1], t.b, t.b if blocks.once else 4)
+    of_weight += t.products(multiplied[1:], t.b, 8)
+    forward = t.products([t.rows], 0, t.b) if fused else t.products(in_blocks, 4, t.b)
+    passes = []
+    if not fused:
+        passes += [t.row_kernel("block, softmax", 4, 0, n) for n in in_blocks]
+        passes += [t.row_kernel("block, dz", 4 * share, t.b * share, n) for n in in_blocks]
+    if t.half and t.trained and not blocks.once:
+        passes += t.copies_of_weight(4 + t.b)
     return Cost(
-        [forward] + [of_hidden] * (1 + blocks.again) + [of_weight] * t.trained,
-        [] if fused else t.moved(4, (4 + t.b) * share),
+        forward + of_hidden * (1 + blocks.again) + of_weight * t.trained,
+        passes,
         _peak(t, blocks, share, fused),
+        small_launches(blocks, len(multiplied)),
     )
 
 

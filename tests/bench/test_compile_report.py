@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import triton
 
+from bench.machine_code import row_kernels
+
 ROOT = Path(__file__).parents[2]
 # SASS instructions a logit that a row kernel may take, on sm_90 and on sm_100.
 INSTRUCTIONS = {
@@ -132,11 +134,7 @@ def test_gemms_do_not_spill(target, gemms):
     assert {r["name"]: r["spills"] for r in on_target if r["spills"]} == {}
 
 
-COMMITTED = {
-    report["environment"]["triton"]: report
-    for path in (ROOT / "bench/results/compile-report").iterdir()
-    for report in [json.loads(path.read_text())]
-}
+COMMITTED = row_kernels.reports()
 
 
 def test_committed_reports_spill_nowhere_on_sm_90_and_sm_100():

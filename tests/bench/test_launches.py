@@ -7,7 +7,9 @@ import pytest
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs kernels that take CPU tensors", allow_module_level=True)
 
-from bench.machine_code.launches import OBJECTIVES, ROWS, count, main
+from bench.cases import Case
+from bench.machine_code.launches import OBJECTIVES, ROWS, V, count, main
+from bench.paper.costs import COSTS, Tail
 
 TOKEN_LEVEL = ["GRPO", "GRPO, KL", "GRPO, entropy", "PPO", "SFT"]
 SEQUENCE_LEVEL = ["DPO", "KTO", "SimPO", "SLiC"]
@@ -72,3 +74,23 @@ def test_the_table(capsys):
     main(["--only", "SFT"])
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("SFT")]
     assert len(lines) == 3 and all(len(line.split()) >= 6 for line in lines)
+
+
+@pytest.mark.parametrize("width", [1_024, 2_048, 4_096])
+def test_the_model_launches_what_is_counted(width):
+    """Blocks of 256 that share the workspace; H rows that wait; all of them."""
+    work = count("GRPO", "hidden", width=width)
+    case = Case("grpo", "hidden", ROWS, width, V, "bfloat16")
+    cost = COSTS["humanline"](Tail(case, case.tokens, case.vocab, is_cpu=False))
+    row_kernels = sum(k.loop is not None for k in cost.passes)
+    assert (len(cost.gemms), row_kernels) == (work.gemms, work.names["humanline_head_softmax"] * 2)
+    # the rounding of the sum at the end is a kernel of torch
+    passes = len(cost.passes) - row_kernels
+    assert cost.small + row_kernels == work.beside_gemms and passes <= 1
+
+
+def test_the_model_launches_what_is_counted_from_logits():
+    case = Case("grpo", "logits", ROWS, 1, V, "bfloat16")
+    cost = COSTS["humanline"](Tail(case, case.tokens, case.vocab, is_cpu=False))
+    # two passes are one launch
+    assert len(cost.passes) - 1 + cost.small == count("GRPO", "logits").beside_gemms

@@ -44,6 +44,14 @@ def test_a_file_knows_what_it_was_drawn_from(tmp_path):
         assert digest in path.read_bytes() and digest in path.with_suffix(".svg").read_bytes()
 
 
+def test_predictions_are_not_drawn_like_measurements():
+    assert all(name.endswith(plots.PREDICTED) for name in plots.memory_at_scale()[2])
+    measured, predicted = (plots._style("humanline" + x, 0) for x in ("", plots.PREDICTED))
+    assert measured["marker"] and not predicted["marker"]
+    assert measured["linestyle"] != predicted["linestyle"]
+    assert measured["color"] == predicted["color"]
+
+
 def test_committed_plots_are_of_the_committed_results():
     wanted = {"bench/results/model/predicted-memory-tokens": plots.memory_at_scale()[2]}
     for results in committed():
