@@ -224,6 +224,7 @@ class Objective:
         workspace_bytes: int = ops.WORKSPACE_BYTES,
         backend: str | None = None,
         capturable: bool = False,
+        gradient_tolerance: float = 0.0,
         **batch: Any,
     ) -> Result:
         """Loss from hidden states and the output head, never holding all logits.
@@ -243,24 +244,29 @@ class Objective:
                 :func:`~humanline.linear_token_logps`.
             capturable: read nothing back from the device, so that forward and backward can be
                 captured in a CUDA graph; Triton backend only. 1F + 3F·active for any objective.
+            gradient_tolerance: leave columns out of the gradient's products, see
+                :func:`~humanline.linear_token_logps`. The share that is kept is the statistic
+                "humanline/kept_columns": a mean over blocks weighted by their rows; 0 where there
+                was none, or before the backward where that is what chooses them (the last line of
+                the table in ops/hidden/objective.py).
 
         Returns, raises: see :meth:`from_logps`.
         """
         checks.require_tensors(hidden=hidden, weight=weight, labels=labels)
         checks.require_tensors_or_none(cu_seqlens=cu_seqlens)
+        ops.check_tolerance(gradient_tolerance, capturable)
         layout = Layout.of(labels != IGNORE_INDEX, cu_seqlens)
         head = ops.Head(bias, temperature, logit_scale, logit_softcap)
         ops.check_hidden(hidden, weight, labels, head)
         backend = ops.choose_backend(hidden, backend)
+        how = workspace_bytes, backend, capturable, gradient_tolerance
         if ref_hidden is None:
             checks.require(
                 ref_weight is None and ref_bias is None,
                 "ref_weight and ref_bias are the head of ref_hidden, which was not given",
             )
             problem = self._problem(layout, ref_logps, batch)
-            return ops.linear_objective(
-                problem, hidden, weight, labels, head, workspace_bytes, backend, capturable
-            )
+            return ops.linear_objective(problem, hidden, weight, labels, head, *how)
         checks.require(
             ref_logps is None and ref_weight is not None,
             "the reference is given by ref_logps, or by ref_hidden and ref_weight; got "
@@ -285,9 +291,7 @@ class Objective:
                 capturable=capturable,
             )
         problem = replace(problem, ref_logps=ref_logps.reshape(-1))
-        return ops.linear_objective(
-            problem, hidden, weight, labels, head, workspace_bytes, backend, capturable
-        )
+        return ops.linear_objective(problem, hidden, weight, labels, head, *how)
 
     def _problem(self, layout: Layout, ref_logps: Tensor | None, batch: dict[str, Any]) -> Problem:
         for name, x in batch.items():  # an objective of one's own may take what it likes, but whole

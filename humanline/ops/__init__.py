@@ -1,6 +1,7 @@
 """Ops: log-probs from logits and from hidden states, their autograd, and the choice of backend."""
 
 from humanline.ops.backend import choose_backend
+from humanline.ops.hidden.columns import check_tolerance
 from humanline.ops.hidden.head import WORKSPACE_BYTES, Head, check_hidden
 from humanline.ops.hidden.objective import linear_objective
 from humanline.ops.hidden.token_logps import linear_token_logps
@@ -13,6 +14,7 @@ __all__ = [
     "Head",
     "check_hidden",
     "check_logits",
+    "check_tolerance",
     "choose_backend",
     "finish",
     "linear_objective",

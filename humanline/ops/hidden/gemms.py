@@ -6,11 +6,15 @@ precision loses up to 0.05 nats of a log-prob. Gradients of the weight are summe
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from humanline.dtypes import compute_dtype
+
+if TYPE_CHECKING:
+    from humanline.ops.hidden.columns import Kept
 
 _TILE_FLOATS = 2**20  # of the weight, widened at a time
 _FLOAT16_TILES = 8  # of the weight's gradient, in float32 one at a time
@@ -53,17 +57,38 @@ def form_logits(hidden: Tensor, weight: Tensor, out: Tensor) -> Tensor:
     return out
 
 
+def rounds_products(weight: Tensor) -> bool:
+    """Whether a GEMM with this weight comes back in half precision: on a CPU."""
+    return not _on_tensor_cores(weight) and weight.dtype != compute_dtype(weight.dtype)
+
+
+def add_product_(total: Tensor, dz: Tensor, weight: Tensor) -> Tensor:
+    """``total [n, H] += dz [n, C] @ weight [C, H]``, the sum in float32 (float64 from float64)."""
+    if weight.dtype == total.dtype:
+        return total.addmm_(dz, weight)
+    if _on_tensor_cores(weight):
+        return total.add_(torch.mm(dz.to(weight.dtype), weight, out_dtype=total.dtype))
+    return total.add_(dz.to(weight.dtype) @ weight)
+
+
 def hidden_gradient(
-    dz: Tensor, weight: Tensor, labels: Tensor, index: Tensor, scale: Tensor | None = None
+    dz: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    index: Tensor,
+    scale: Tensor | None = None,
+    kept: "Kept | None" = None,
 ) -> Tensor:
     """``scale · (dz @ weight)``, rows ``index``: one reduction over the vocabulary, in float32
-    but on its way out.
+    but on its way out. Over the columns kept, and nearly over the others, if that is given.
 
     A CPU has no GEMM from half precision to float32, and what it rounds would be rounded again by
     the scale. Most of a row comes from its label: that part is added in float32, unrounded.
     """
     dtype = compute_dtype(weight.dtype)
-    if _on_tensor_cores(weight):
+    if kept is not None:
+        product = kept.hidden_gradient(dz, weight, labels[index])
+    elif _on_tensor_cores(weight):
         product = torch.mm(dz.to(weight.dtype), weight, out_dtype=dtype)
     elif weight.dtype == dtype:
         product = dz @ weight
@@ -85,10 +110,12 @@ def write_hidden_gradient_(
     scale: Tensor,
     index: Tensor,
     count: Tensor | None,
+    kept: "Kept | None" = None,
 ) -> None:
-    """``dh[index] = scale · (dz @ weight)``, of the first ``count`` rows if that is given."""
+    """``dh[index] = scale · (dz @ weight)``, of the first ``count`` rows if that is given, over the
+    columns kept otherwise."""
     if count is None:
-        dh[index] = hidden_gradient(dz, weight, labels, index, scale).to(dh.dtype)
+        dh[index] = hidden_gradient(dz, weight, labels, index, scale, kept).to(dh.dtype)
     else:
         from humanline.kernels.matmul import hidden_gradient_
 
@@ -117,8 +144,9 @@ def weight_gradient(
 
         if total is None:
             total = h.new_zeros(dz.shape[1], h.shape[1], dtype=dtype)
-        top = _top(scale)
-        return add_weight_gradient_(total, dz, _scaled(h, scale / top, dz.dtype), count, factor=top)
+        factor = top(scale)
+        scaled = _scaled(h, scale / factor, dz.dtype)
+        return add_weight_gradient_(total, dz, scaled, count, factor=factor)
     if not _on_tensor_cores(h):
         with _bfloat16_products(h.dtype):
             factors = dz.T.to(dtype), _scaled(h, scale, dtype)
@@ -130,25 +158,29 @@ def weight_gradient(
         return torch.addmm(total, *factors, out_dtype=dtype, out=total)
     add = total is not None
     total = total if add else h.new_empty(dz.shape[1], h.shape[1], dtype=dtype)
-    for tile, product, top in _float16_tiles(dz, scale, h):
+    for tile, product, factor in _float16_tiles(dz, scale, h):
         if add:
-            total[tile].addcmul_(product, top)
+            total[tile].addcmul_(product, factor)
         else:
-            torch.mul(product, top, out=total[tile])
+            torch.mul(product, factor, out=total[tile])
     return total
 
 
-def rounded_weight_gradient(dz: Tensor, scale: Tensor, h: Tensor) -> Tensor:
+def rounded_weight_gradient(
+    dz: Tensor, scale: Tensor, h: Tensor, kept: "Kept | None" = None
+) -> Tensor:
     """The same in the dtype of ``h``, rounded once, without a float32 matrix of the weight's size
-    where the GEMM can do so."""
+    where the GEMM can do so; over the columns kept if that is given."""
+    if kept is not None:
+        return kept.rounded_weight_gradient(dz, scale, h)
     if not _on_tensor_cores(h):
         return weight_gradient(dz, scale, h).to(h.dtype)
     if h.dtype == torch.bfloat16:
         with _float32_reductions():
             return torch.mm(dz.T, _scaled(h, scale, h.dtype))
     dw = h.new_empty(dz.shape[1], h.shape[1])
-    for tile, product, top in _float16_tiles(dz, scale, h):
-        torch.mul(product, top, out=dw[tile])
+    for tile, product, factor in _float16_tiles(dz, scale, h):
+        torch.mul(product, factor, out=dw[tile])
     return dw
 
 
@@ -161,12 +193,12 @@ def _float16_tiles(dz: Tensor, scale: Tensor, h: Tensor) -> Iterator[tuple[slice
     """``dzᵀ @ (scale·h)`` as float32 products of some rows of the weight at a time, each still to
     be multiplied by a number: float16 underflows where coefficients are small, so they are brought
     to 1 and back."""
-    top, dz = _top(scale), dz.to(h.dtype)
-    scaled = _scaled(h, scale / top, h.dtype)
+    factor, dz = top(scale), dz.to(h.dtype)
+    scaled = _scaled(h, scale / factor, h.dtype)
     rows = -(-dz.shape[1] // _FLOAT16_TILES)
     for start in range(0, dz.shape[1], rows):
         tile = slice(start, start + rows)
-        yield tile, torch.mm(dz[:, tile].T, scaled, out_dtype=compute_dtype(h.dtype)), top
+        yield tile, torch.mm(dz[:, tile].T, scaled, out_dtype=compute_dtype(h.dtype)), factor
 
 
 @contextmanager
@@ -181,7 +213,8 @@ def _float32_reductions() -> Iterator[None]:
         matmul.allow_bf16_reduced_precision_reduction = before
 
 
-def _top(scale: Tensor) -> Tensor:
+def top(scale: Tensor) -> Tensor:
+    """The largest of the rows' scales by size, and no 0 to divide by."""
     return scale.abs().amax().clamp(min=torch.finfo(scale.dtype).tiny)
 
 
@@ -197,11 +230,21 @@ class HeadGradients:
         self._of_bias = bias if need_bias else None
         self._weight = self._bias = None  # until there is something to sum: no zeros are written
 
-    def add(self, dz: Tensor, scale: Tensor, h: Tensor, count: Tensor | None = None) -> None:
+    def add(
+        self,
+        dz: Tensor,
+        scale: Tensor,
+        h: Tensor,
+        count: Tensor | None = None,
+        kept: "Kept | None" = None,
+    ) -> None:
         """Add a block: ``dz [n, V]``, its rows still to be multiplied by ``scale [n]``; of them
-        the first ``count`` if that is given."""
+        the first ``count`` if that is given, and of the weight's the columns kept."""
         if self._of_weight is not None:
-            self._weight = weight_gradient(dz, scale, h, self._weight, count)
+            if kept is None:
+                self._weight = weight_gradient(dz, scale, h, self._weight, count)
+            else:
+                self._weight = kept.add_weight_gradient_(self.weight, dz, scale, h)
         if self._of_bias is not None:
             self._bias = weight_gradient(dz, scale, ones_of(h), self._bias, count)
 

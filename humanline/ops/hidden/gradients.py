@@ -3,7 +3,9 @@
 import torch
 from torch import Tensor
 
-from humanline.ops.hidden.blocks import Block
+from humanline import checks
+from humanline.ops.hidden.blocks import CPU_BLOCK_ROWS, Block
+from humanline.ops.hidden.columns import Columns
 from humanline.ops.hidden.gemms import HeadGradients, hidden_gradient
 from humanline.seam import Coefficients
 
@@ -40,8 +42,10 @@ class BlockGradients:
         need_hidden: bool,
         need_weight: bool,
         need_bias: bool,
+        columns: Columns,
     ):
         self._hidden, self._weight, self._labels = hidden, weight, labels
+        self._columns = columns
         self.head = HeadGradients(weight, bias, need_weight, need_bias)
         self.hidden = torch.zeros_like(hidden) if need_hidden else None
         # float16 would flush small coefficients to 0 before a loss scale could lift them: there a
@@ -53,13 +57,19 @@ class BlockGradients:
         kept = block.keep(coefficients.active())
         if len(kept):
             scale, *of = split_scale(coefficients.take(kept))
-            self.multiply(block.gradient(*of), scale, block.index)
+            dz = block.gradient(*of)
+            rows = len(dz)
+            if self._columns.tolerance and checks.free_to_read(dz):
+                rows = CPU_BLOCK_ROWS  # enough for a GEMM, and fewer rows need fewer columns
+            for some in zip(*(x.split(rows) for x in (dz, scale, block.index)), strict=True):
+                self.multiply(*some)
 
     def multiply(self, dz: Tensor, scale: Tensor, index: Tensor) -> None:
         """Add what rows ``index [n]`` contribute, ``dz [n, V]`` to be multiplied by ``scale``."""
-        self.head.add(dz, scale, self._hidden[index])
+        kept = self._columns.choose(dz, scale, self._labels[index])
+        self.head.add(dz, scale, self._hidden[index], kept=kept)
         if self.hidden is not None:
             if self.scales is not None:
                 self.scales[index], scale = scale, None
-            of_rows = hidden_gradient(dz, self._weight, self._labels, index, scale)
+            of_rows = hidden_gradient(dz, self._weight, self._labels, index, scale, kept)
             self.hidden[index] = of_rows.to(self.hidden.dtype)

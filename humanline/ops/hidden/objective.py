@@ -17,7 +17,9 @@ last line.
 
 Read back from the device: how many rows are labelled (in each sequence, where groups go by these),
 once a call; and how many are active: of those stacked each time all that hang together are known,
-once up to 2H rows; in blocks of their own once each; in the last line once, in the backward.
+once up to 2H rows; in blocks of their own once each; in the last line once, in the backward. With
+a ``gradient_tolerance``, which makes of each F in the gradients ρF (columns.py), also how many
+columns are kept: once for each block of rows that is multiplied together.
 """
 
 import torch
@@ -27,10 +29,11 @@ from humanline import autograd
 from humanline.dtypes import compute_dtype
 from humanline.ops.hidden import stacked
 from humanline.ops.hidden.blocks import BLOCKS, block_rows, comfortable_rows, head_blocks
+from humanline.ops.hidden.columns import Columns
 from humanline.ops.hidden.gradients import BlockGradients
 from humanline.ops.hidden.head import Head
 from humanline.ops.hidden.schedule import blocks_with_gradient
-from humanline.ops.hidden.token_logps import check_capturable, linear_token_logps, under_autocast
+from humanline.ops.hidden.token_logps import check_capturable, head_logps, under_autocast
 from humanline.ops.whole_batch import evaluate as evaluate_batch
 from humanline.ops.whole_batch import finish
 from humanline.seam import Problem, evaluate
@@ -45,8 +48,21 @@ def linear_objective(
     workspace_bytes: int,
     backend: str,
     capturable: bool,
+    gradient_tolerance: float,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss and statistics of a problem from ``hidden [..., H]`` and ``weight [V, H]``, checked."""
+    columns = Columns(gradient_tolerance, hidden.device, backend)
+    loss, stats = _linear_objective(
+        problem, hidden, weight, labels, head, workspace_bytes, backend, capturable, columns
+    )
+    if columns.tolerance and loss.requires_grad:
+        stats["humanline/kept_columns"] = columns.share
+    return loss, stats
+
+
+def _linear_objective(
+    problem, hidden, weight, labels, head, workspace_bytes, backend, capturable, columns
+):
     with_entropy = problem.objective.needs_entropy
     hidden, weight = under_autocast(hidden, weight)
     check_capturable(capturable, backend)
@@ -59,24 +75,19 @@ def linear_objective(
         if backend == "triton" and (head_trains or problem.coupling == "token"):
             plan = stacked.plan(problem, weight, head_trains, workspace_bytes)
         if plan is not None:
-            return stacked.stacked_objective(problem, *rows, *flat, plan)
+            return stacked.stacked_objective(problem, *rows, *flat, plan, columns)
         if backend == "torch" or with_entropy:  # else it takes a second pass over the logits
             comfortable = comfortable_rows(fitting, backend == "torch")
             blocks = blocks_with_gradient(problem, problem.layout.mask, fitting, comfortable)
     if blocks is not None:
-        return _LinearObjective.apply(*rows, head.bias, *flat, problem, blocks, backend)
-    result = linear_token_logps(
-        hidden,
-        weight,
-        labels,
-        head.bias,
-        head.temperature,
-        logit_scale=head.logit_scale,
-        logit_softcap=head.logit_softcap,
+        return _LinearObjective.apply(*rows, head.bias, *flat, problem, blocks, backend, columns)
+    result = head_logps(
+        *(hidden, weight, labels, head),
         return_entropy=with_entropy,
         workspace_bytes=workspace_bytes,
         backend=backend,
         capturable=capturable,
+        columns=columns,
     )
     logps, entropy = result if with_entropy else (result, None)
     return finish(problem, logps, entropy, backend)
@@ -91,9 +102,10 @@ class _LinearObjective(torch.autograd.Function):
 
     @staticmethod
     @autograd.forward
-    def forward(ctx, hidden, weight, bias, labels, head, problem, blocks, backend):
+    def forward(ctx, hidden, weight, bias, labels, head, problem, blocks, backend, columns):
         with_entropy = problem.objective.needs_entropy
-        gradients = BlockGradients(hidden, weight, bias, labels, *ctx.needs_input_grad[:3])
+        need = ctx.needs_input_grad[:3]
+        gradients = BlockGradients(hidden, weight, bias, labels, *need, columns)
         logps = hidden.new_zeros(len(labels), dtype=compute_dtype(weight.dtype))
         entropy = torch.zeros_like(logps) if with_entropy else None
         whole = None
@@ -122,4 +134,4 @@ class _LinearObjective(torch.autograd.Function):
     @staticmethod
     @autograd.backward
     def backward(ctx, grad, _):
-        return *stacked.summed(ctx, grad), *[None] * 5
+        return *stacked.summed(ctx, grad), *[None] * 6

@@ -26,6 +26,7 @@ from humanline.ops.hidden.blocks import (
     stack_sizes,
     whole_blocks,
 )
+from humanline.ops.hidden.columns import Columns
 from humanline.ops.hidden.gemms import (
     form_logits,
     hidden_gradient,
@@ -104,10 +105,16 @@ def plan(problem: Problem, weight: Tensor, trains: bool, workspace_bytes: int) -
 
 
 def stacked_objective(
-    problem: Problem, hidden: Tensor, weight: Tensor, labels: Tensor, head: Head, plan: Plan
+    problem: Problem,
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    head: Head,
+    plan: Plan,
+    columns: Columns,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss and statistics from ``hidden [N, H]``; differentiable."""
-    return _Stacked.apply(hidden, weight, head.bias, labels, head, problem, plan)
+    return _Stacked.apply(hidden, weight, head.bias, labels, head, problem, plan, columns)
 
 
 def _take(x: Tensor | None, rows: Tensor | None) -> Tensor | None:
@@ -164,7 +171,7 @@ class Stack:
 class _Stacked(torch.autograd.Function):
     @staticmethod
     @autograd.forward
-    def forward(ctx, hidden, weight, bias, labels, head, problem, plan):
+    def forward(ctx, hidden, weight, bias, labels, head, problem, plan, columns):
         some = _Rows(hidden, weight, labels, head, problem, plan)
         need = ctx.needs_input_grad[:3]
         stack = Stack(some.memory_of_stack())
@@ -174,7 +181,7 @@ class _Stacked(torch.autograd.Function):
             # Little room is left to rows of which any may go: not worth a read.
             cramped = end - start < min(plan.n - start, stack.waiting)
             if start and (end == start or cramped or plan.sizes.over_logits):
-                sums = sums or BlockGradients(hidden, weight, bias, labels, *need)
+                sums = sums or BlockGradients(hidden, weight, bias, labels, *need, columns)
                 some.multiply(stack, sums)
                 end = plan.end(start, stack.room)
             some.through_the_head(start, end, stack)
@@ -186,9 +193,10 @@ class _Stacked(torch.autograd.Function):
         if ctx.at_once and plan.n:
             dz, kept, scale = stack.empty()
             ctx.rows = some.original(kept)
+            ctx.columns = columns.choose(dz, scale, labels[ctx.rows])
             ctx.save_for_backward(dz, scale, hidden, weight, bias, labels)
         else:
-            sums = sums or BlockGradients(hidden, weight, bias, labels, *need)
+            sums = sums or BlockGradients(hidden, weight, bias, labels, *need, columns)
             some.multiply(stack, sums)
             of_head = sums.head
             ctx.at_once = False
@@ -198,7 +206,7 @@ class _Stacked(torch.autograd.Function):
     @staticmethod
     @autograd.backward
     def backward(ctx, grad, _):
-        return *(_multiplied if ctx.at_once else summed)(ctx, grad), *[None] * 4
+        return *(_multiplied if ctx.at_once else summed)(ctx, grad), *[None] * 5
 
 
 def _multiplied(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -209,11 +217,11 @@ def _multiplied(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
     h = hidden[rows]
     dh = dw = db = None
     if need_hidden:
-        dh = hidden_gradient(dz, weight, labels, rows, scale).to(hidden.dtype)
+        dh = hidden_gradient(dz, weight, labels, rows, scale, ctx.columns).to(hidden.dtype)
         if len(dh) < len(hidden):
             dh = torch.zeros_like(hidden).index_copy_(0, _indices(rows, dh), dh)
     if need_weight:
-        dw = rounded_weight_gradient(dz, scale, h)
+        dw = rounded_weight_gradient(dz, scale, h, ctx.columns)
     if need_bias:
         db = weight_gradient(dz, scale, ones_of(h))[:, 0].to(bias.dtype)
     return dh, dw, db
