@@ -39,6 +39,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .columns import weighted_squares
 from .launch import GemmConfig, dense, gemm_config, gemm_target, operand, row_group
 from .rows import (
     IGNORE_INDEX,
@@ -297,6 +298,8 @@ def humanline_linear_gradient(
     entropy_ptr,
     g_ptr,
     g_entropy_ptr,
+    weights_ptr,
+    energies_ptr,
     n,
     V,
     H,
@@ -309,6 +312,7 @@ def humanline_linear_gradient(
     SOFTCAP: tl.constexpr,
     COEFFICIENT: tl.constexpr,
     ENTROPY: tl.constexpr,
+    ENERGIES: tl.constexpr,
     TEMPERATURE_PER_ROW: tl.constexpr,
     HIDDEN_DESCRIPTOR: tl.constexpr,
     WEIGHT_DESCRIPTOR: tl.constexpr,
@@ -377,6 +381,10 @@ def humanline_linear_gradient(
     dz = tl.where(active[:, None], dz, 0.0).to(dz_ptr.dtype.element_ty)
     out = dz_ptr + position.to(tl.int64)[:, None] * dz_stride + columns[None, :]
     tl.store(out, dz, (position < n)[:, None] & (columns < V)[None, :])
+    if ENERGIES:
+        row_weight = tl.load(weights_ptr + position, active, other=0.0)
+        at = energies_ptr + tl.cast(row_tile, tl.int64) * V + columns
+        tl.store(at, weighted_squares(dz, row_weight), columns < V)
 
 
 _NEWER = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 8)
@@ -522,7 +530,8 @@ def linear_logits_gradient(
     count: Tensor | None = None,
     out: Tensor | None = None,
     dtype: torch.dtype | None = None,
-) -> Tensor:
+    weights: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Gradient ``dz [n, V]`` of ``Σ of_logp·logp + of_entropy·entropy`` with respect to
     ``hidden @ weight.T + bias``, the logits formed again.
 
@@ -535,6 +544,8 @@ def linear_logits_gradient(
         of_entropy: ``[n]``; None for 0, then ``entropy`` is not looked at.
         out: ``[n, V]`` (or more rows), rows contiguous, to write to; if None, one is made in
             ``dtype``, or that of the weight.
+        weights: float32 ``[n]``; then a tuple of the gradient and of each column's
+            ``Σ_t weights[t] · dz[t, v]²``, float32 ``[V]``, is returned. Not with ``count``.
     """
     columns = gradient_columns(of_entropy is not None, logit_softcap is not None)
     config = gemm_config(weight.dtype, gemm_target(weight), columns)
@@ -542,12 +553,15 @@ def linear_logits_gradient(
     if out is None:
         out = hidden.new_empty(n, vocab, dtype=dtype or weight.dtype)
     out = out[:n]
+    row_tiles, energies = triton.cdiv(n, config.rows), None
+    if weights is not None:
+        energies = hidden.new_empty(row_tiles, vocab, dtype=torch.float32)
     if n == 0:
-        return out
+        return out if energies is None else (out, energies.sum(0))
     index = dense(index)
     operands, descriptors = _gemm_arguments(hidden, weight, index, config)
     with torch.cuda.device_of(hidden):
-        tiles = triton.cdiv(n, config.rows) * triton.cdiv(vocab, config.columns)
+        tiles = row_tiles * triton.cdiv(vocab, config.columns)
         humanline_linear_gradient[(tiles,)](
             out,
             out.stride(0),
@@ -563,6 +577,8 @@ def linear_logits_gradient(
             entropy,
             dense(of_logp),
             dense(of_entropy),
+            dense(weights),
+            energies,
             n,
             vocab,
             width,
@@ -575,8 +591,9 @@ def linear_logits_gradient(
             SOFTCAP=logit_softcap is not None,
             COEFFICIENT=of_logp is not None,
             ENTROPY=of_entropy is not None,
+            ENERGIES=weights is not None,
             TEMPERATURE_PER_ROW=temperature.dim() > 0,
             **descriptors,
             **config.launch,
         )
-    return out
+    return out if energies is None else (out, energies.sum(0))

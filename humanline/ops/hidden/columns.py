@@ -91,7 +91,7 @@ class Columns:
         n, vocab = dz.shape
         if not self.tolerance or n == 0:
             return None
-        weights = row_weights(dz, scale)
+        weights = unit_weights(dz) if scale is None else row_weights(scale)
         if energies is None:
             energies = self._energies(dz, weights)
         columns = fewest(energies, labels, self.tolerance)
@@ -113,12 +113,14 @@ class Columns:
         return total
 
 
-def row_weights(dz: Tensor, scale: Tensor | None) -> Tensor:
-    """Squares of the rows' scales ``[n]``, the largest being 1; without scales, what makes each
-    row's norm 1."""
+def row_weights(scale: Tensor) -> Tensor:
+    """Squares of the rows' scales ``[n]``, in float32 at least, the largest being 1."""
+    return (scale / gemms.top(scale)).to(compute_dtype(scale.dtype)).square()
+
+
+def unit_weights(dz: Tensor) -> Tensor:
+    """What makes the energy of every row of ``dz [n, V]`` 1; 0 of one that has none."""
     dtype = compute_dtype(dz.dtype)
-    if scale is not None:
-        return (scale / gemms.top(scale)).square().to(dtype)
     squared = torch.linalg.vector_norm(dz, dim=1, dtype=dtype).square()
     return torch.where(squared > torch.finfo(dtype).tiny, squared.reciprocal(), 0)
 

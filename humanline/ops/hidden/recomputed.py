@@ -72,7 +72,13 @@ class RecomputedBlock:
     def hidden(self) -> Tensor:
         return self._inputs[0][self.index]
 
-    def gradient(self, of_logp: Tensor | None = None, of_entropy: Tensor | None = None) -> Tensor:
+    def gradient(
+        self,
+        of_logp: Tensor | None = None,
+        of_entropy: Tensor | None = None,
+        weights: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """With ``weights [n]`` of the rows, also the energies of the columns ``[V]``."""
         from humanline.kernels.linear_logps import linear_logits_gradient
 
         return linear_logits_gradient(
@@ -84,6 +90,7 @@ class RecomputedBlock:
             index=self.index,
             count=self.count,
             out=self._memory,
+            weights=weights,
         )
 
 

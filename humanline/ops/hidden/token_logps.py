@@ -27,7 +27,7 @@ from humanline.ops.hidden.blocks import (
     comfortable_rows,
     head_blocks,
 )
-from humanline.ops.hidden.columns import Columns, check_tolerance
+from humanline.ops.hidden.columns import Columns, check_tolerance, row_weights
 from humanline.ops.hidden.gemms import HeadGradients, hidden_gradient, write_hidden_gradient_
 from humanline.ops.hidden.gradients import split_scale
 from humanline.ops.hidden.head import WORKSPACE_BYTES, Head, check_hidden
@@ -263,8 +263,13 @@ def _recompute(ctx, coefficients: Coefficients) -> tuple[Tensor | None, ...]:
     sums = HeadGradients(weight, bias, need_weight, need_bias)
     for block in blocks:
         scale, of_logp, of_entropy = split_scale(coefficients.take(block.index))
-        dz = block.gradient(of_logp, of_entropy)
-        keep = ctx.columns.choose(dz, scale, labels[block.index])
+        energies = None
+        if kept and ctx.columns.tolerance:  # the kernel has them for the asking
+            weights = row_weights(scale)
+            dz, energies = block.gradient(of_logp, of_entropy, weights)
+        else:
+            dz = block.gradient(of_logp, of_entropy)
+        keep = ctx.columns.choose(dz, scale, labels[block.index], energies)
         sums.add(dz, scale, block.hidden, block.count, keep)
         if need_hidden:
             write_hidden_gradient_(dh, dz, weight, labels, scale, block.index, block.count, keep)
