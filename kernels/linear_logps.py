@@ -398,8 +398,8 @@ def forward_columns(bias: bool, softcap: bool) -> int:
     return 128 if bias or softcap or _NEWER else 256
 
 
-def gradient_columns(entropy: bool, softcap: bool) -> int:
-    return 64 if softcap else 128 if entropy else 256
+def gradient_columns(entropy: bool, softcap: bool, energies: bool = False) -> int:
+    return 64 if softcap else 128 if entropy or energies else 256
 
 
 def _chunks(vocab: int, config: GemmConfig) -> tuple[int, int]:
@@ -547,7 +547,9 @@ def linear_logits_gradient(
         weights: float32 ``[n]``; then a tuple of the gradient and of each column's
             ``Σ_t weights[t] · dz[t, v]²``, float32 ``[V]``, is returned. Not with ``count``.
     """
-    columns = gradient_columns(of_entropy is not None, logit_softcap is not None)
+    columns = gradient_columns(
+        of_entropy is not None, logit_softcap is not None, weights is not None
+    )
     config = gemm_config(weight.dtype, gemm_target(weight), columns)
     n, (vocab, width) = len(labels if index is None else index), weight.shape
     if out is None:

@@ -34,6 +34,7 @@ from bench.machine_code.cards import CARDS
 from bench.machine_code.row_kernels import ROW_KERNELS
 from bench.machine_code.sass import Loop, hot_loops
 from humanline.kernels import (
+    columns,
     head_rows,
     linear_logps,
     matmul,
@@ -104,6 +105,7 @@ VARIANTS = {
     "moved rows": (move_rows.humanline_move_rows, {}),
     "statistics": (token_stats.humanline_token_stats, {"PENALTY": 3}),
     "scale": (scale.humanline_scale, {}),
+    "energies": (columns.humanline_column_energies, {"PART": columns.PART, "ROWS": columns.ROWS}),
     "pairs": (sequence_loss.humanline_sequence_loss, {"KIND": "sigmoid", "PAIRED": True}),
     "sequences": (sequence_loss.humanline_sequence_loss, {"KIND": "kto", "PAIRED": False}),
 }
@@ -121,6 +123,14 @@ GEMMS = {
     "dz, all": (
         HEAD_GRADIENT,
         {**EVERYTHING, **GATHERED, "COEFFICIENT": True},
+    ),
+    "dz, energies": (
+        HEAD_GRADIENT,
+        {"BIAS": True, "COEFFICIENT": True, "INDEX": True, "ENERGIES": True},
+    ),
+    "dz, all, energies": (
+        HEAD_GRADIENT,
+        {**EVERYTHING, "INDEX": True, "COEFFICIENT": True, "ENERGIES": True},
     ),
     "dH": (matmul.humanline_matmul_hidden, {"SCALE": True, "INDEX": True}),
     "dW": (matmul.humanline_matmul_weight, {}),
@@ -242,7 +252,8 @@ def _columns(function, constants: dict) -> int:
     if function is HEAD:
         return linear_logps.forward_columns("BIAS" in constants, softcap)
     if function is HEAD_GRADIENT:
-        return linear_logps.gradient_columns("ENTROPY" in constants, softcap)
+        more = "ENTROPY" in constants, softcap, "ENERGIES" in constants
+        return linear_logps.gradient_columns(*more)
     return 128 if function is matmul.humanline_matmul_weight else 256
 
 

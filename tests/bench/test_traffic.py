@@ -66,3 +66,27 @@ def test_sequence_level_does_not_read_inactive_rows_again(objective, active):
 def test_masked_rows_are_not_read_at_all(objective):
     whole, half = (traffic.measure(objective, masked=masked) for masked in (0.0, 0.5))
     assert half["all reads"] == pytest.approx(whole["all reads"] / 2, abs=SMALL)
+
+
+def test_energies_of_columns_cost_a_read_or_come_with_the_gradient():
+    """A line of sums for every 128 rows: 4 bytes for 128 logits."""
+    from humanline.kernels.columns import column_energies
+    from humanline.kernels.linear_logps import linear_logits_gradient, linear_logps_forward
+
+    n, vocab = 256, 1024
+    dz, weights = torch.randn(n, vocab).bfloat16(), torch.rand(n)
+    with traffic.counted() as alone:
+        column_energies(dz, weights)
+    assert alone.per_logit(dz)["all reads"] == pytest.approx(2, abs=SMALL)
+    assert alone.per_logit(dz)["writes"] == 4 / 128
+    hidden, weight = torch.randn(n, 16).bfloat16(), torch.randn(vocab, 16).bfloat16()
+    labels, temperature = torch.randint(0, vocab, (n,)), torch.tensor(1.0)
+    rows = linear_logps_forward(hidden, weight, labels, temperature=temperature)
+    written = []
+    for given in (None, weights):
+        with traffic.counted() as along:
+            linear_logits_gradient(
+                hidden, weight, labels, *rows, temperature=temperature, weights=given
+            )
+        written.append(along.per_logit(dz)["writes"])
+    assert written == [2, 2 + 4 / 128]

@@ -34,8 +34,8 @@ launch = JITFunction.run
 JITFunction.run = lambda self, *a, grid, warmup, **k: launch(self, *a, grid=grid, warmup=True, **k)
 
 from humanline.kernels import (
-    head_rows, linear_logps, matmul, move_rows, scale, sequence_loss, token_logps, token_loss,
-    token_stats
+    columns, head_rows, linear_logps, matmul, move_rows, scale, sequence_loss, token_logps,
+    token_loss, token_stats
 )
 from humanline.kernels.token_epilogue import TokenLoss
 
@@ -50,6 +50,7 @@ ROWS = (
     move_rows.humanline_move_rows,
     token_stats.humanline_token_stats,
     token_stats.humanline_token_stats_total,
+    columns.humanline_column_energies,
 )
 GEMMS = (
     linear_logps.humanline_linear_logps,
@@ -112,6 +113,7 @@ def run_rows(batch, length, x, vocab, shifted=False, dtype=torch.float32):
         **options,
     )
     move_rows.move_rows_(z, torch.arange(len(z)))
+    columns.column_energies(z, z[:, 0])
     return compiled(ROWS)
 
 
@@ -165,7 +167,7 @@ def compilations(what, vocab=0):
 
 @pytest.mark.parametrize("vocab", [4096, 50257])
 def test_lengths_and_hyperparameters_compile_nothing(vocab):
-    assert compilations("rows", vocab) == [[1] * 10] * 7
+    assert compilations("rows", vocab) == [[1] * 11] * 7
 
 
 def test_numbers_of_rows_and_head_options_compile_nothing():
@@ -175,4 +177,4 @@ def test_numbers_of_rows_and_head_options_compile_nothing():
 def test_row_values_in_float64_compile():
     """Such as log-probs of a reference computed elsewhere; the interpreter hides what the compiler
     makes of two dtypes in one sum."""
-    assert compilations("float64", 4096) == [[1] * 10, [1] * 5]
+    assert compilations("float64", 4096) == [[1] * 11, [1] * 5]

@@ -5,110 +5,32 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from columns_cases import (
+    CASES,
+    OBJECTIVES,
+    H,
+    N,
+    Products,
+    V,
+    assert_near_exact,
+    certain,
+    gradients,
+    grpo_loss,
+    head_loss,
+    log_softmax_gradients,
+    one_column,
+    one_row,
+    random,
+    relative,
+    sharp,
+    signed,
+    token_logps_loss,
+)
 
 import humanline as hl
 import humanline.ops.hidden.blocks
 import humanline.ops.hidden.columns
-from humanline.ops.backend import interpreting
 from humanline.ops.hidden.columns import DENSE_SHARE, Columns, Kept, fewest
-
-N, H, V = 96, 24, 2000
-BACKENDS = [
-    "torch",
-    pytest.param(
-        "triton",
-        marks=pytest.mark.skipif(not interpreting(), reason="needs Triton's interpreter"),
-    ),
-]
-
-
-def sharp(n=N, spread=2.0, seed=0, dtype=torch.float32):
-    """Hidden states and a weight whose logits fall with the column, as a language's do."""
-    generator = torch.Generator().manual_seed(seed)
-    common = torch.zeros(H)
-    common[0] = 4.0
-    hidden = torch.randn(n, H, generator=generator) + common
-    weight = torch.randn(V, H, generator=generator) * 0.2
-    weight[:, 0] = -spread / 4 * torch.arange(1, V + 1).log()
-    order = torch.randperm(V, generator=generator)
-    weight = weight[order]
-    logits = hidden @ weight.T
-    labels = torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(1)
-    return hidden.to(dtype), weight.to(dtype), labels
-
-
-def flat(n=N):
-    hidden, weight, labels = sharp(n)
-    return hidden * 0.01, weight, labels
-
-
-def random(n=N):
-    generator = torch.Generator().manual_seed(1)
-    hidden, weight = (torch.randn(*shape, generator=generator) for shape in ((n, H), (V, H)))
-    return hidden, weight * 0.3, torch.randint(0, V, (n,), generator=generator)
-
-
-def certain(n=N):
-    """p(label) → 1, from 1 − 1e-2 to 1 − 1e-12 of it."""
-    hidden, weight, _ = sharp(n)
-    top = (hidden @ weight.T).argmax(-1)
-    return hidden * torch.linspace(2, 8, n)[:, None], weight, top
-
-
-def one_column(n=N):
-    """All mass on one column, which is no row's label."""
-    hidden, weight, labels = sharp(n)
-    weight = weight.clone()
-    weight[7, 0] = 20.0
-    return hidden, weight, torch.where(labels == 7, 8, labels)
-
-
-def one_row():
-    return sharp(1)
-
-
-CASES = [sharp, flat, random, certain, one_column, one_row]
-
-
-def signed(n, seed=3):
-    """Coefficients of both signs and very unequal sizes."""
-    generator = torch.Generator().manual_seed(seed)
-    size = 10 ** (-6 * torch.rand(n, generator=generator))
-    return size * torch.where(torch.rand(n, generator=generator) < 0.5, -1, 1)
-
-
-def gradients(call, *leaves):
-    leaves = [x.detach().clone().requires_grad_() for x in leaves]
-    out = call(*leaves)
-    return torch.autograd.grad(out, leaves)
-
-
-def log_softmax_gradients(hidden, weight, labels, g):
-    def loss(h, w):
-        logps = (h @ w.T).log_softmax(-1).gather(1, labels[:, None]).squeeze(1)
-        return logps @ g.double()
-
-    return gradients(loss, hidden.double(), weight.double())
-
-
-def relative(x, truth):
-    return float((x.double() - truth).norm() / truth.norm())
-
-
-class Products(TorchDispatchMode):
-    """Multiplications in GEMMs; in matrix–vector products there are none worth counting."""
-
-    count = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function.overloadpacket.__name__.rstrip("_")
-        if name in ("mm", "addmm"):
-            a, b = args[-2:]
-            if min(*a.shape, *b.shape) > 1:
-                self.count += a.shape[0] * a.shape[1] * b.shape[1]
-        return function(*args, **(kwargs or {}))
-
 
 # Which columns
 
@@ -148,29 +70,9 @@ def test_all_are_kept_where_the_energy_says_nothing(value):
 # What it costs
 
 
-def token_logps_loss(labels, g, **options):
-    def loss(h, w):
-        return hl.linear_token_logps(h, w, labels, **options) @ g
-
-    return loss
-
-
-def grpo_loss(labels, g, stats=None, **options):
-    def loss(h, w):
-        value, s = hl.GRPO(beta=0.0, loss_type="grpo").from_hidden(
-            h[None], w, labels[None], torch.zeros(1, len(g)), advantages=g[None], **options
-        )
-        if stats is not None:
-            stats.update(s)
-        return value
-
-    return loss
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("frozen", [None, "head", "body"])
 @pytest.mark.parametrize("dropped", [0, 40], ids=["all rows", "dropped rows"])
-def test_products_of_an_objective(dropped, frozen, backend):
+def test_products_of_an_objective(dropped, frozen):
     hidden, weight, labels = sharp()
     g = torch.ones(N)
     g[:dropped] = 0
@@ -178,9 +80,7 @@ def test_products_of_an_objective(dropped, frozen, backend):
     hidden.requires_grad_(frozen != "body")
     weight.requires_grad_(frozen != "head")
     with Products() as products:
-        grpo_loss(labels, g, stats, gradient_tolerance=1e-2, backend=backend)(
-            hidden, weight
-        ).backward()
+        grpo_loss(labels, g, stats, gradient_tolerance=1e-2)(hidden, weight).backward()
     share = float(stats["humanline/kept_columns"])
     assert 0 < share < 0.5
     wings = 1 if frozen else 2
@@ -247,16 +147,15 @@ def test_tiles_of_gathered_columns_add_up(monkeypatch):
 # Where nothing is left out
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_random_logits_are_multiplied_as_they_are(backend):
+def test_random_logits_are_multiplied_as_they_are():
     hidden, weight, labels = random()
     stats = {}
     some = gradients(
-        grpo_loss(labels, signed(N), stats, gradient_tolerance=1e-4, backend=backend),
+        grpo_loss(labels, signed(N), stats, gradient_tolerance=1e-4),
         hidden,
         weight,
     )
-    exact = gradients(grpo_loss(labels, signed(N), backend=backend), hidden, weight)
+    exact = gradients(grpo_loss(labels, signed(N)), hidden, weight)
     assert stats["humanline/kept_columns"] == 1
     for a, b in zip(some, exact, strict=True):
         assert torch.equal(a, b)
@@ -295,15 +194,14 @@ def test_the_same_bits_on_a_rerun():
 # How far off it is
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("tolerance", [1e-3, 1e-2])
 @pytest.mark.parametrize("case", CASES)
-def test_error_against_float64(case, tolerance, backend):
+def test_error_against_float64(case, tolerance):
     hidden, weight, labels = case()
     n = len(labels)
     g = signed(n)
     truth = log_softmax_gradients(hidden, weight, labels, g)
-    loss = token_logps_loss(labels, g, gradient_tolerance=tolerance, backend=backend)
+    loss = token_logps_loss(labels, g, gradient_tolerance=tolerance)
     dh, dw = gradients(loss, hidden, weight)
     rounding = 1e-5
     assert relative(dw, truth[1]) <= 1.5 * tolerance + rounding
@@ -367,17 +265,8 @@ def test_other_dtypes(dtype):
 # With all a head and an objective can have
 
 
-def head_loss(labels, g, g_entropy, **options):
-    def loss(h, w, b):
-        logps, entropy = hl.linear_token_logps(h, w, labels, b, return_entropy=True, **options)
-        return logps @ g + entropy @ g_entropy
-
-    return loss
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("softcap", [None, 5.0])
-def test_every_option(softcap, backend):
+def test_every_option(softcap):
     hidden, weight, labels = sharp()
     labels[5] = -100
     bias = torch.randn(V, generator=torch.Generator().manual_seed(5))
@@ -398,63 +287,18 @@ def test_every_option(softcap, backend):
 
     truth = gradients(eager, *(x.double() for x in (hidden, weight, bias)))
     for tolerance in (1e-3, 1e-2):
-        loss = head_loss(
-            labels, g, g_entropy, gradient_tolerance=tolerance, backend=backend, **options
-        )
+        loss = head_loss(labels, g, g_entropy, gradient_tolerance=tolerance, **options)
         dh, dw, db = gradients(loss, hidden, weight, bias)
         assert relative(dh, truth[0]) <= 5 * tolerance + 1e-5
         assert relative(dw, truth[1]) <= 1.5 * tolerance + 1e-5
         assert relative(db, truth[2]) <= 1e-5  # exact
 
 
-OBJECTIVES = [
-    (hl.GRPO(beta=0.04, perception=hl.Clip(-1, 1)), {"advantages": torch.tensor([1.0, -1, 2, -3])}),
-    (hl.GRPO(loss_type="dapo"), {"advantages": torch.tensor([1.0, -1, 2, -3])}),
-    (hl.PPO(), {"advantages": torch.randn(4, N // 4, generator=torch.Generator().manual_seed(2))}),
-    (hl.DPO(perception=hl.Clip(-1, 1)), {}),
-    (hl.DPO(loss_type="ipo"), {}),
-    (hl.KTO(), {"desirable": torch.tensor([True, False, True, False]), "z0": 0.1}),
-    (hl.SimPO(), {}),
-    (hl.SFT(), {}),
-]
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("frozen_head", [False, True])
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("objective, extra", OBJECTIVES, ids=lambda x: type(x).__name__)
-def test_every_objective(objective, extra, packed, frozen_head, backend):
-    hidden, weight, labels = sharp()
-    labels[:7] = -100
-    shape = (N,) if packed else (4, N // 4)
-    options = {"cu_seqlens": torch.arange(0, N + 1, N // 4)} if packed else {}
-    extra = {k: v.reshape(shape) if k == "advantages" and v.dim() > 1 else v
-             for k, v in extra.items()}  # fmt: skip
-    ref = hl.linear_token_logps(hidden, weight, labels) + 0.3 * torch.randn(
-        N, generator=torch.Generator().manual_seed(9)
-    )
-    for limit in (2**29, 24 * 2**13):  # all rows at once, or the least that their groups allow
-        results, stats = {}, {}
-        for tolerance in (0, 1e-2):
-            h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_(not frozen_head)
-            loss, stats = objective.from_hidden(
-                h.view(*shape, H),
-                w,
-                labels.view(shape),
-                ref.view(shape),
-                gradient_tolerance=tolerance,
-                workspace_bytes=limit,
-                backend=backend,
-                **options,
-                **extra,
-            )
-            loss.backward()
-            results[tolerance] = loss, h.grad, w.grad
-        (loss, dh, dw), (exact_loss, exact_dh, exact_dw) = results[1e-2], results[0]
-        assert torch.equal(loss, exact_loss)
-        assert 0 < stats["humanline/kept_columns"] < DENSE_SHARE
-        assert 0 < relative(dh, exact_dh) <= 5e-2
-        assert frozen_head or 0 < relative(dw, exact_dw) <= 1.5e-2
+def test_every_objective(objective, extra, packed, frozen_head):
+    assert_near_exact(objective, extra, packed, frozen_head)
 
 
 def test_a_frozen_head_bounds_the_rows_errors_whatever_their_coefficients():
