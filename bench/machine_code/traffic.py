@@ -57,13 +57,13 @@ def counted():
     load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
     call = GridExecutor.__call__
 
-    def counting_load(self, ptrs, mask, *rest):
+    def counting_load(self, ptrs, mask, *rest, **how):
         traffic.load(ptrs.data[mask.data], ptrs.get_element_ty().primitive_bitwidth // 8)
-        return load(self, ptrs, mask, *rest)
+        return load(self, ptrs, mask, *rest, **how)
 
-    def counting_store(self, ptrs, value, mask, *rest):
+    def counting_store(self, ptrs, value, mask, *rest, **how):
         traffic.store(ptrs.data[mask.data], ptrs.get_element_ty().primitive_bitwidth // 8)
-        return store(self, ptrs, value, mask, *rest)
+        return store(self, ptrs, value, mask, *rest, **how)
 
     def counting_call(self, *args, **kwargs):
         result = call(self, *args, **kwargs)

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import humanline as hl
 from humanline import install
+from humanline.ops import check_tolerance
 
 try:
     from axolotl.integrations.base import BasePlugin
@@ -34,6 +35,8 @@ class HumanlineArgs(BaseModel):
         log_eps_P, log_eps_R: bounds of the clip, in nats.
         sync_every: optimizer steps between syncs of the reference; 0 for never.
         reference: what provides it; left out, the trainer's choice.
+        gradient_tolerance: columns that hold less than this share of the norm of the logits'
+            gradient may be left out of the head's backward; 0 is exact.
     """
 
     humanline: bool = True
@@ -41,10 +44,12 @@ class HumanlineArgs(BaseModel):
     log_eps_R: float = hl.Clip.log_eps_R
     sync_every: NonNegativeInt = 1
     reference: Literal["copy", "adapter", "lookahead"] | None = None
+    gradient_tolerance: float = 0.0
 
     @model_validator(mode="after")
     def check_bounds(self):
         hl.Clip(self.log_eps_P, self.log_eps_R)
+        check_tolerance(self.gradient_tolerance, capturable=False)
         return self
 
 
@@ -63,4 +68,5 @@ class HumanlinePlugin(BasePlugin):
                 perception=hl.Clip(cfg.log_eps_P, cfg.log_eps_R),
                 sync_every=cfg.sync_every,
                 reference=cfg.reference,
+                gradient_tolerance=cfg.gradient_tolerance,
             )

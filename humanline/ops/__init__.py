@@ -4,7 +4,7 @@ from humanline.ops.backend import choose_backend
 from humanline.ops.hidden.columns import check_tolerance
 from humanline.ops.hidden.head import WORKSPACE_BYTES, Head, check_hidden
 from humanline.ops.hidden.objective import linear_objective
-from humanline.ops.hidden.token_logps import linear_token_logps
+from humanline.ops.hidden.token_logps import linear_token_logps, logps_and_columns
 from humanline.ops.logits.objective import logits_objective
 from humanline.ops.logits.token_logps import check_logits, shift, token_logps
 from humanline.ops.whole_batch import finish
@@ -20,6 +20,7 @@ __all__ = [
     "linear_objective",
     "linear_token_logps",
     "logits_objective",
+    "logps_and_columns",
     "shift",
     "token_logps",
 ]

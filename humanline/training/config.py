@@ -122,6 +122,12 @@ class TrainConfig:
     padding_free: bool = _option(
         False, bool, "read a batch as one row without padding, each prompt once"
     )
+    gradient_tolerance: float = _option(
+        0.0,
+        float,
+        "leave out of the head's backward what holds less than this share of the gradient's norm; "
+        "0: exact",
+    )
     gradient_checkpointing: bool = _option(False, bool, "recompute activations to save memory")
 
     save_steps: int = _option(20, int, "steps between checkpoints to resume from; 0: none")
@@ -163,6 +169,7 @@ class TrainConfig:
         for name in ("beta", "epsilon", "desirable_weight", "undesirable_weight"):
             _require(0 <= getattr(self, name) < float("inf"), self, name, "at least 0 and finite")
         _require(0 <= self.max_bad_rows <= 1, self, "max_bad_rows", "a share, in [0, 1]")
+        _require(0 <= self.gradient_tolerance < 1, self, "gradient_tolerance", "in [0, 1)")
         _require(0 <= self.heldout_fraction < 1, self, "heldout_fraction", "in [0, 1)")
         _require(self.eval_limit is None or self.eval_limit >= 0, self, "eval_limit", "at least 0")
         _require(self.reference in REFERENCES, self, "reference", f"one of {', '.join(REFERENCES)}")

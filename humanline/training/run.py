@@ -332,9 +332,11 @@ def _loop(
 
 def _gradients(objective, policy, batches, scores, config) -> dict[str, Any]:
     """Backward through all micro-batches; the step's statistics."""
-    rows = []
+    rows, tolerance = [], config.gradient_tolerance
     for batch, of_reference in zip(batches, scores, strict=True):
-        loss, stats = score.loss(objective, policy, batch, of_reference, batches, config.bf16)
+        loss, stats = score.loss(
+            objective, policy, batch, of_reference, batches, config.bf16, tolerance
+        )
         loss.backward()
         rows.append(
             {"loss": loss.detach()} | stats | {"humanline/rows": batch.completions.written.sum()}

@@ -96,6 +96,7 @@ def loss(
     scores: dict[str, Tensor],
     of: list[Batch],
     bf16: bool = False,
+    gradient_tolerance: float = 0.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The batch's share of the loss of an optimizer step whose micro-batches are ``of``."""
     extra, share = dict(batch.extra), 1 / len(of)
@@ -112,7 +113,9 @@ def loss(
             extra["kl_mask"] = mismatched["labels"] != IGNORE_INDEX
             extra["kl_cu_seqlens"] = mismatched["cu_seqlens"]
         rows = policy.rows(prompts, batch.completions)
-        value, stats = objective.from_hidden(**rows, **policy.head, **extra, **scores)
+        value, stats = objective.from_hidden(
+            **rows, **policy.head, **extra, **scores, gradient_tolerance=gradient_tolerance
+        )
     return value * share, stats
 
 

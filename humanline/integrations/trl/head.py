@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from trl.trainer import utils
 
 from humanline.checks import require
-from humanline.ops import WORKSPACE_BYTES, linear_token_logps, token_logps
+from humanline.ops import WORKSPACE_BYTES, check_tolerance, logps_and_columns, token_logps
 from humanline.rows import IGNORE_INDEX
 
 # TRL's own, taken before anything is swapped.
@@ -67,10 +67,23 @@ def _masked(index: Tensor, row_mask: Tensor | None) -> Tensor:
 
 
 class ChunkedLogProbFunction:
-    """Stands in for TRL's autograd function of that name."""
+    """Stands in for TRL's autograd function of that name.
 
-    def __init__(self, only: tuple[str, ...] | None = None, entropy_gradient: bool = True):
+    Attributes:
+        kept_columns: of the last call that has a gradient, with a tolerance: the share of columns
+            that its backward keeps, which that backward may be what fills in. A scalar tensor.
+    """
+
+    kept_columns: Tensor | None = None
+
+    def __init__(
+        self,
+        only: tuple[str, ...] | None = None,
+        entropy_gradient: bool = True,
+        gradient_tolerance: float = 0.0,
+    ):
         self.only, self.entropy_gradient = only, entropy_gradient
+        self.gradient_tolerance = gradient_tolerance
 
     def apply(
         self,
@@ -99,7 +112,7 @@ class ChunkedLogProbFunction:
             for name, values in seen.items():
                 values[index] = STATISTICS[name](logits, targets[index]).to(values.dtype)
 
-        result = linear_token_logps(
+        result, columns = logps_and_columns(
             hidden,
             weight.to(hidden.dtype),
             targets,
@@ -111,10 +124,15 @@ class ChunkedLogProbFunction:
             observe=observe if seen else None,
             # Statistics take up to two buffers of a block's size.
             workspace_bytes=WORKSPACE_BYTES // (3 if seen else 1),
+            backend=None,
+            capturable=False,
+            gradient_tolerance=self.gradient_tolerance,
         )
         logps = result
         if with_entropy:
             logps, seen["entropy"] = result
+        if self.gradient_tolerance and logps.requires_grad:
+            self.kept_columns = columns.share
         return logps, *(seen.get(name) for name in STATISTICS)
 
 
@@ -124,8 +142,10 @@ def _entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 @cache  # the same object each time: torch.compile guards on what a global holds
-def _function(only: tuple[str, ...] | None, entropy_gradient: bool) -> ChunkedLogProbFunction:
-    return ChunkedLogProbFunction(only, entropy_gradient)
+def _function(
+    only: tuple[str, ...] | None, entropy_gradient: bool, gradient_tolerance: float
+) -> ChunkedLogProbFunction:
+    return ChunkedLogProbFunction(only, entropy_gradient, gradient_tolerance)
 
 
 def _log_sum_sq_probs(logits: Tensor, targets: Tensor) -> Tensor:
@@ -151,7 +171,7 @@ def _empty(name: str, targets: Tensor) -> Tensor:
 _BY_NAME = (selective_log_softmax, selective_log_softmax_and_entropy, entropy_from_logits)
 
 
-def patch_trl() -> ExitStack:
+def patch_trl(*, gradient_tolerance: float = 0.0) -> ExitStack:
     """Let TRL's trainers compute log-probs and entropies with humanline's kernels.
 
     Works as a function, until ``.close()`` of what it returns, and as a context manager::
@@ -161,25 +181,44 @@ def patch_trl() -> ExitStack:
 
     Where TRL is patched already it does nothing, neither now nor at its end.
 
+    Args:
+        gradient_tolerance: of the fused head's backward, see
+            :func:`~humanline.linear_token_logps`. What TRL scores from logits is exact.
+
     Raises:
         ImportError: this version of TRL is not one whose functions are known.
+        ValueError: a tolerance that is not in [0, 1); TRL is patched already with another.
     """
     require_known_trl()
+    check_tolerance(gradient_tolerance, capturable=False)
+    head = utils._ChunkedLogProbFunction
+    patched = isinstance(head, ChunkedLogProbFunction)
+    require(
+        not patched or head.gradient_tolerance == gradient_tolerance,
+        lambda: (
+            f"TRL is patched already, with gradient_tolerance={head.gradient_tolerance}: close() "
+            f"that patch before one with {gradient_tolerance}"
+        ),
+    )
     patch = ExitStack()
     for ours in _BY_NAME:
         theirs = getattr(utils, ours.__name__)
         if theirs is not ours:
             _replace(theirs, ours)
             patch.callback(_replace, ours, theirs)
-    if not isinstance(utils._ChunkedLogProbFunction, ChunkedLogProbFunction):
-        patch.callback(_swap_head(ChunkedLogProbFunction()))
+    if not patched:
+        function = ChunkedLogProbFunction(gradient_tolerance=gradient_tolerance)
+        patch.callback(_swap_head(function))
     return patch
 
 
 @contextmanager
 def fused_head(
-    model: nn.Module, only: tuple[str, ...] | None = None, entropy_gradient: bool = True
-) -> Iterator[None]:
+    model: nn.Module,
+    only: tuple[str, ...] | None = None,
+    entropy_gradient: bool = True,
+    gradient_tolerance: float = 0.0,
+) -> Iterator[ChunkedLogProbFunction]:
     """Within this context TRL's fused LM head is humanline's, and sees an adapter on the head.
 
     Args:
@@ -187,11 +226,13 @@ def fused_head(
         only: the statistics to compute if asked for; None for all that are asked for.
         entropy_gradient: whether the loss differentiates the entropy. If it does not, a frozen
             head costs two GEMMs.
+        gradient_tolerance: of the backward, see :func:`~humanline.linear_token_logps`.
     """
-    undo = _swap_head(_function(only, entropy_gradient))
+    function = _function(only, entropy_gradient, gradient_tolerance)
+    undo = _swap_head(function)
     try:
         with _adapted(causal_model(model)):
-            yield
+            yield function
     finally:
         undo()
 

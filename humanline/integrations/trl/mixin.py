@@ -42,6 +42,9 @@ class HumanlineMixin:
     reference: Reference | None = None
     #: Counts, in the first steps, what the perception's bounds do.
     idle: IdleBounds | None = None
+    #: Of the head's backward, see :func:`~humanline.linear_token_logps`.
+    gradient_tolerance: float = 0.0
+    _kept_columns: Tensor | None = None
     #: Whether the reference is the model without its adapter until it is synced, as TRL's is.
     begins_at_base = False
 
@@ -67,8 +70,13 @@ class HumanlineMixin:
     def _perceiving(self):
         """Around TRL's computation of a loss."""
         model = self.accelerator.unwrap_model(self.model)
-        with fused_head(model, entropy_gradient=getattr(self, "_entropy_bonus_enabled", False)):
+        entropy_gradient = getattr(self, "_entropy_bonus_enabled", False)
+        tolerance = self.gradient_tolerance
+        with fused_head(
+            model, entropy_gradient=entropy_gradient, gradient_tolerance=tolerance
+        ) as head:
             yield
+        self._kept_columns, head.kept_columns = head.kept_columns, None
         mode = "train" if self.model.training else "eval"
         counts = [self.accelerator.gather(x).sum() for x in self._unclamped]
         self._metrics[mode]["humanline/unclamped"].append(share(*counts).item())
@@ -77,6 +85,14 @@ class HumanlineMixin:
         if mode == "train" and self.is_deepspeed_enabled and self.accelerator.sync_gradients:
             # DeepSpeed steps inside backward(): this is the last moment before it.
             self.reference.before_step()
+
+    def training_step(self, *args, **kwargs):
+        loss = super().training_step(*args, **kwargs)
+        if self._kept_columns is not None:  # known now that the backward has run
+            share = self.accelerator.gather(self._kept_columns).mean().item()
+            self._metrics["train"]["humanline/kept_columns"].append(share)
+            self._kept_columns = None
+        return loss
 
     # Checkpoints: the reference goes first, so that a folder with a trainer state has one.
 

@@ -34,6 +34,7 @@ from humanline.integrations.trl.offline import (
     is_offline,
 )
 from humanline.integrations.trl.precomputed import Precomputed, PrecomputedMixin
+from humanline.ops import check_tolerance
 from humanline.perception import Clip, Perception
 from humanline.reference import REFERENCES, Reference, ReferenceCopy
 
@@ -67,9 +68,24 @@ class HumanlineOptions:
             "choices": list(REFERENCES),
         },
     )
+    gradient_tolerance: float = field(
+        default=0.0,
+        metadata={
+            "help": "The head's backward may leave out columns of the logits' gradient that hold "
+            "less than this share of its norm; 0 is exact."
+        },
+    )
 
     def __post_init__(self):
         Clip(self.log_eps_P, self.log_eps_R)  # raises where they are no bounds
+        check_tolerance(self.gradient_tolerance, capturable=False)
+        require(
+            self.humanline or not self.gradient_tolerance,
+            lambda: (
+                f"gradient_tolerance={self.gradient_tolerance} is of humanline's head, and with "
+                "humanline=False TRL's own runs: leave one of them out, or use patch_trl"
+            ),
+        )
         if hasattr(super(), "__post_init__"):
             super().__post_init__()
 
@@ -151,7 +167,7 @@ class _Built(HumanlineMixin):
             super().__init__(**given)
         own = type(self)  # has all it needs
         schedule = options.sync_every, options.reference
-        _install(self, own, options.perception, *schedule, ref_given)
+        _install(self, own, options.perception, *schedule, ref_given, options.gradient_tolerance)
 
     def _checked(self, given: dict[str, Any]) -> dict[str, Any]:
         """The arguments for TRL, once they have been looked at."""
@@ -209,6 +225,7 @@ def apply_humanline(
     perception: Perception = CLIP,
     sync_every: int = 1,
     reference: str | None = None,
+    gradient_tolerance: float = 0.0,
 ) -> None:
     """Turn a trainer that is already built into a humanline one, in place. Call it before training.
 
@@ -221,13 +238,14 @@ def apply_humanline(
         trainer: TRL's DPOTrainer, KTOTrainer or GRPOTrainer, or an instance of a subclass.
         perception: how log-ratios are perceived, ``Clip()`` by default; any of
             :mod:`humanline.perception`.
-        sync_every, reference: see :class:`HumanlineOptions`.
+        sync_every, reference, gradient_tolerance: see :class:`HumanlineOptions`.
 
     Raises:
         TypeError: another trainer.
         ValueError: an option of the trainer contradicts humanline; it has humanline already.
     """
     require_known_trl()
+    check_tolerance(gradient_tolerance, capturable=False)
     mixin = next((mixin for base, mixin in MIXINS.items() if isinstance(trainer, base)), None)
     checks.check_instance(trainer, mixin, MIXINS)
     checks.check_options(trainer.args, sync_every, reference)
@@ -235,7 +253,7 @@ def apply_humanline(
     ref_given = is_peft_model(trainer.model) and trainer.ref_model is not None
     if sync_every and reference in (None, "copy") and mixin is PreferenceMixin:
         trainer.ref_model = copy.deepcopy(trainer.ref_model)  # it may be the caller's
-    _install(trainer, mixin, perception, sync_every, reference, ref_given)
+    _install(trainer, mixin, perception, sync_every, reference, ref_given, gradient_tolerance)
 
 
 def _become(trainer: _BaseTrainer, mixin: type[HumanlineMixin]) -> None:
@@ -252,6 +270,7 @@ def _install(
     sync_every: int,
     kind: str | None,
     ref_given: bool,
+    gradient_tolerance: float,
 ) -> None:
     precomputed = getattr(trainer.args, "precompute_ref_log_probs", False)
     kind = kind or ("adapter" if is_peft_model(trainer.model) and not precomputed else "copy")
@@ -268,6 +287,7 @@ def _install(
         size = trainer.args.per_device_train_batch_size
         _map_datasets(trainer, lambda dataset, name: mismatched(dataset, size, name))
     trainer.perception = perception
+    trainer.gradient_tolerance = gradient_tolerance
     if precomputed:
         kind = "scored before training"
         _map_datasets(trainer, trainer.precompute)

@@ -101,6 +101,37 @@ def linear_token_logps(
             -100; a workspace that does not hold one row; ``capturable`` on the torch backend or
             with a ``gradient_tolerance``; one that is not in [0, 1).
     """
+    return logps_and_columns(
+        *(hidden, weight, labels, bias, temperature),
+        logit_scale=logit_scale,
+        logit_softcap=logit_softcap,
+        return_entropy=return_entropy,
+        observe=observe,
+        workspace_bytes=workspace_bytes,
+        backend=backend,
+        capturable=capturable,
+        gradient_tolerance=gradient_tolerance,
+    )[0]
+
+
+@autograd.uncompiled
+def logps_and_columns(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    temperature: float | Tensor,
+    *,
+    logit_scale: float,
+    logit_softcap: float | None,
+    return_entropy: bool,
+    observe: Observer | None,
+    workspace_bytes: int,
+    backend: str | None,
+    capturable: bool,
+    gradient_tolerance: float,
+) -> tuple[Tensor | tuple[Tensor, Tensor], Columns]:
+    """What :func:`linear_token_logps` returns, and what chooses the columns of its gradient."""
     check_tolerance(gradient_tolerance, capturable)
     head = Head(bias, temperature, logit_scale, logit_softcap)
     check_hidden(hidden, weight, labels, head)
@@ -114,7 +145,7 @@ def linear_token_logps(
     backend = choose_backend(hidden, backend)
     check_capturable(capturable, backend)
     columns = Columns(gradient_tolerance, hidden.device, backend)
-    return head_logps(
+    result = head_logps(
         *(hidden, weight, labels, head),
         return_entropy=return_entropy,
         observe=observe,
@@ -123,6 +154,7 @@ def linear_token_logps(
         capturable=capturable,
         columns=columns,
     )
+    return result, columns
 
 
 def head_logps(
@@ -138,7 +170,7 @@ def head_logps(
     capturable: bool,
     columns: Columns,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """:func:`linear_token_logps` of what is checked; ``columns`` chooses those of the backward."""
+    """The same of what is checked, in a dtype that is chosen, on a backend that is."""
     bias = head.bias
     unit = _only_hidden_trains(hidden, weight, bias) and not return_entropy and not capturable
     no_logits = backend == "triton" and not unit
