@@ -70,6 +70,8 @@ def test_every_option_is_on_the_command_line(capsys):
         (["--log-eps-P", "1", "--log-eps-R", "-1"], "Clip needs log_eps_P <= log_eps_R"),
         (["--loss-type", "magic"], "unknown DPO loss_type 'magic'; known: sigmoid, "),
         (["--device", "warp"], "--device warp is not there"),
+        (["--gradient-tolerance", "1"], "--gradient-tolerance must be in [0, 1), got 1.0"),
+        (["--gradient-tolerance", "nan"], "--gradient-tolerance must be in [0, 1), got nan"),
         (["--heldout-fraction", "1"], "--heldout-fraction must be in [0, 1), got 1.0"),
         (["--data", "gone.jsonl"], "gone.jsonl does not exist"),
         (["--data", "data.csv"], "unknown extension '.csv'"),

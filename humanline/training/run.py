@@ -332,11 +332,9 @@ def _loop(
 
 def _gradients(objective, policy, batches, scores, config) -> dict[str, Any]:
     """Backward through all micro-batches; the step's statistics."""
-    rows, tolerance = [], config.gradient_tolerance
+    rows, how = [], (config.bf16, config.gradient_tolerance)
     for batch, of_reference in zip(batches, scores, strict=True):
-        loss, stats = score.loss(
-            objective, policy, batch, of_reference, batches, config.bf16, tolerance
-        )
+        loss, stats = score.loss(objective, policy, batch, of_reference, batches, *how)
         loss.backward()
         rows.append(
             {"loss": loss.detach()} | stats | {"humanline/rows": batch.completions.written.sum()}

@@ -51,6 +51,14 @@ def applied(monkeypatch):
     return calls
 
 
+DEFAULTS = {
+    "perception": hl.Clip(),
+    "sync_every": 1,
+    "reference": None,
+    "gradient_tolerance": 0.0,
+}
+
+
 def config(plugin, **given):
     """As Axolotl makes it: the schema's dump without what is None, attributes None if absent."""
     module, _, name = plugin.HumanlinePlugin().get_input_args().rpartition(".")
@@ -62,14 +70,16 @@ def config(plugin, **given):
 def test_the_trainer_becomes_a_humanline_one(plugin, applied):
     trainer = object()
     options = {"log_eps_P": -0.05, "log_eps_R": 0.1, "sync_every": 4, "reference": "copy"}
+    options["gradient_tolerance"] = 1e-3
     plugin.HumanlinePlugin().post_trainer_create(config(plugin, **options), trainer)
     expected = {"perception": hl.Clip(-0.05, 0.1), "sync_every": 4, "reference": "copy"}
+    expected["gradient_tolerance"] = 1e-3
     assert applied == [(trainer, expected)]
 
 
 def test_by_default_too(plugin, applied):
     plugin.HumanlinePlugin().post_trainer_create(config(plugin), None)
-    assert applied == [(None, {"perception": hl.Clip(), "sync_every": 1, "reference": None})]
+    assert applied == [(None, DEFAULTS)]
 
 
 def test_or_is_left_alone(plugin, applied):
@@ -92,6 +102,7 @@ def test_the_call_is_one_that_apply_humanline_takes(plugin, applied):
     [
         ({"log_eps_P": 1.0, "log_eps_R": 0.5}, "log_eps_P <= log_eps_R, got log_eps_P=1.0"),
         ({"sync_every": -1}, "sync_every\n.*greater than or equal to 0"),
+        ({"gradient_tolerance": 1.0}, r"gradient_tolerance must be in \[0, 1\), got 1.0"),
         ({"reference": "ema"}, "reference\n.*'copy', 'adapter' or 'lookahead'"),
     ],
 )
@@ -121,8 +132,7 @@ def test_axolotl_merges_and_calls_it(applied, monkeypatch):
 
     cfg = merging.validate_config(DictDefault(given))
     manager.post_trainer_create(cfg, "the trainer")
-    expected = {"perception": hl.Clip(), "sync_every": 3, "reference": None}
-    assert applied == [("the trainer", expected)]
+    assert applied == [("the trainer", DEFAULTS | {"sync_every": 3})]
 
 
 def test_without_axolotl_the_extra_is_named(monkeypatch):

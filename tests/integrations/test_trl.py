@@ -41,6 +41,10 @@ def build(folder, data=None, policy=None, config=HumanlineDPOConfig, arguments=(
 def test_trl_parser_knows_the_flags(tmp_path, config):
     flags = "--use_cpu --log_eps_P -0.5 --log_eps_R 0.25 --sync_every 4 --reference adapter"
     (args,) = TrlParser(config).parse_args_and_config(
+        [*flags.split(), "--gradient_tolerance", "1e-3", "--output_dir", str(tmp_path)]
+    )
+    assert args.gradient_tolerance == 1e-3
+    (args,) = TrlParser(config).parse_args_and_config(
         [*flags.split(), "--no_humanline", "--output_dir", str(tmp_path), "--beta", "0.3"]
     )
     assert (args.log_eps_P, args.log_eps_R, args.sync_every) == (-0.5, 0.25, 4)
@@ -54,6 +58,61 @@ def test_trl_parser_knows_the_flags(tmp_path, config):
 def test_bounds_out_of_order(config):
     with pytest.raises(ValueError, match="Clip needs log_eps_P <= log_eps_R"):
         config(use_cpu=True, log_eps_P=0.5, log_eps_R=-0.5)
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_a_tolerance_out_of_range(config):
+    for value in (1.0, -1e-3, float("nan")):
+        with pytest.raises(ValueError, match=r"gradient_tolerance must be in \[0, 1\), got"):
+            config(use_cpu=True, gradient_tolerance=value)
+    with pytest.raises(ValueError, match="humanline=False TRL's own runs"):
+        config(use_cpu=True, gradient_tolerance=1e-3, humanline=False)
+
+
+@pytest.mark.parametrize("lora", [None, "attention", "lm_head"])
+def test_columns_are_left_out_of_the_gradient(tmp_path, lora):
+    peft = {}
+    if lora is not None:
+        config = pytest.importorskip("peft").LoraConfig(**tiny.LORA[lora])
+        peft = {"arguments": {"peft_config": config}}
+    shares, found = {}, {}
+    for tolerance in (0.0, 0.3):
+        trainer = build(
+            tmp_path, gradient_tolerance=tolerance, max_steps=2, logging_steps=1, **peft
+        )
+        tiny.disturb(trainer.model)
+        batch = tiny.batch_of(trainer)
+        _, found[tolerance], _ = tiny.loss_and_gradients(trainer, batch)
+        trainer._kept_columns = None
+        trainer.train()
+        shares[tolerance] = [
+            row.get("humanline/kept_columns") for row in tiny.history(trainer) if "loss" in row
+        ]
+    assert shares[0.0] == [None, None]
+    assert all(0 < share < 1 for share in shares[0.3])
+    assert found[0.3].keys() == found[0.0].keys()
+    for name, exact in found[0.0].items():
+        assert (found[0.3][name] - exact).norm() <= 0.5 * exact.norm()
+    assert any(not torch.equal(found[0.3][name], exact) for name, exact in found[0.0].items())
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_every_preference_trainer_says_what_it_keeps(tmp_path, loss):
+    trainer, config, data = LOSSES[loss]
+    options = {"gradient_tolerance": 0.3, "max_steps": 2, "logging_steps": 1}
+    built = tiny.build(trainer, config, tmp_path, data(4), options=options)
+    built.train()
+    rows = [row for row in tiny.history(built) if "loss" in row]
+    assert len(rows) == 2 and all(0 < row["humanline/kept_columns"] < 1 for row in rows)
+
+
+def test_apply_humanline_takes_a_tolerance(tmp_path):
+    trainer = tiny.build(DPOTrainer, DPOConfig, tmp_path, tiny.pairs(4), options={"max_steps": 1})
+    with pytest.raises(ValueError, match=r"gradient_tolerance must be in \[0, 1\), got 2"):
+        apply_humanline(trainer, gradient_tolerance=2)
+    apply_humanline(trainer, gradient_tolerance=0.3)
+    trainer.train()
+    assert any("humanline/kept_columns" in row for row in trainer.state.log_history)
 
 
 def test_a_config_of_trl_s_means_the_defaults(tmp_path):

@@ -227,6 +227,34 @@ def test_unmodified_trainer_gives_the_same_numbers(tmp_path, monkeypatch, make, 
     assert_close(tiny.weights(ours), tiny.weights(theirs), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("make", [dpo, kto, grpo])
+def test_patched_trainer_leaves_columns_out(tmp_path, make):
+    trainer = make(tmp_path, learning_rate=0.1, max_steps=1)
+    with hl.patch_trl(gradient_tolerance=0.3):
+        trainer.train()
+        share = utils._ChunkedLogProbFunction.kept_columns
+    assert 0 < share < 1
+    exact = make(tmp_path, learning_rate=0.1, max_steps=1)
+    with hl.patch_trl():
+        exact.train()
+    (row, _), (expected, _) = (tiny.history(t, without=["step_time"]) for t in (trainer, exact))
+    assert row["loss"] == pytest.approx(expected["loss"], rel=1e-6, abs=1e-7)
+    assert row["grad_norm"] != expected["grad_norm"]
+    assert row["grad_norm"] == pytest.approx(expected["grad_norm"], rel=0.3)
+
+
+def test_a_patch_has_one_tolerance():
+    with pytest.raises(ValueError, match=r"gradient_tolerance must be in \[0, 1\), got 1"):
+        hl.patch_trl(gradient_tolerance=1)
+    assert utils._ChunkedLogProbFunction is HEAD
+    with hl.patch_trl(gradient_tolerance=1e-3):
+        with hl.patch_trl(gradient_tolerance=1e-3):
+            pass
+        with pytest.raises(ValueError, match=r"patched already, with gradient_tolerance=0\.001"):
+            hl.patch_trl()
+    assert utils._ChunkedLogProbFunction is HEAD
+
+
 def test_unknown_version_is_refused(monkeypatch):
     monkeypatch.setattr(trl_version, "version", lambda name: "2.0.1")
     with pytest.raises(ImportError, match=r"knows .* TRL 1\.15, 1\.16; installed is 2\.0\.1"):

@@ -65,6 +65,23 @@ def test_a_fixed_reference_lets_the_loss_fall(options, tmp_path):
     assert rows[-1]["rewards/margins"] > 0.2 and rows[-1]["rewards/accuracies"] > 0.7
 
 
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_columns_are_left_out_of_the_gradient(objective, lora, options, tmp_path):
+    options |= {"objective": objective, "eval_limit": 0, "lora": lora, "max_steps": 3}
+    rows = {}
+    for tolerance in (0.0, 0.3):
+        run.train(options | {"gradient_tolerance": tolerance}, tmp_path / str(tolerance))
+        rows[tolerance] = metrics(tmp_path / str(tolerance))
+    assert all("humanline/kept_columns" not in row for row in rows[0.0])
+    assert all(0 < row["humanline/kept_columns"] <= 1 for row in rows[0.3])
+    assert any(row["humanline/kept_columns"] < 1 for row in rows[0.3])
+    first, exact = rows[0.3][0], rows[0.0][0]
+    assert first["loss"] == exact["loss"]
+    assert first["grad_norm"] != exact["grad_norm"]
+    assert first["grad_norm"] == pytest.approx(exact["grad_norm"], rel=0.3)
+
+
 # The rule, written out
 
 
