@@ -200,7 +200,7 @@ def _weighed(result: Result, peer: Peer, batch: Batch, device: str) -> Result:
     nor time."""
     step(peer, batch)
     _free_gradients(batch)
-    peak = _peak_bytes(lambda: step(peer, batch), device)
+    peak = peak_bytes(lambda: step(peer, batch), device)
     _free_gradients(batch)
     recorded = None if device.startswith("cuda") else _recorded(lambda: step(peer, batch))
     return replace(result, peak_bytes=peak, recorded_peak_bytes=recorded)
@@ -285,7 +285,7 @@ def _event_seconds(
     return [start.elapsed_time(end) / 1e3 for start, end in marks], now
 
 
-def _peak_bytes(work: Callable[[], None], device: str) -> int:
+def peak_bytes(work: Callable[[], None], device: str) -> int:
     if device.startswith("cuda"):
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
