@@ -33,7 +33,7 @@ from humanline.dtypes import compute_dtype
 from humanline.ops.hidden import gemms
 
 #: Where more is kept than this, all is.
-DENSE_SHARE = 0.6
+DENSE_SHARE = 0.7
 
 _UNITS = 2.0**60  # of a block's energy: their sum stays an int64
 _TILE_ELEMENTS = 2**22  # on a CPU: of dz and of the weight, gathered at a time
