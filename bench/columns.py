@@ -12,6 +12,7 @@ Errors are against float64 on the first rows of the batch.
 import argparse
 import statistics
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -71,6 +72,7 @@ def token_ids(kind: str, model, tokenizer, text: Path, tokens: int) -> tuple[Ten
     chats = [[{"role": "user", "content": prompt}] for prompt in PROMPTS]
     options = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
     tokenizer.padding_side = "left"
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     prompts = tokenizer.apply_chat_template(
         [chat for chat in chats for _ in range(SEQUENCES // len(chats))], padding=True, **options
     )
@@ -84,7 +86,7 @@ def token_ids(kind: str, model, tokenizer, text: Path, tokens: int) -> tuple[Ten
         repetition_penalty=1.0,
         min_new_tokens=length,
         max_new_tokens=length,
-        pad_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
     return ids, prompts.input_ids.shape[1]
 
@@ -193,8 +195,6 @@ def measure(batch: Batch, rows: str, rounds: int) -> list[Line]:
 
 
 def timed(peer: Peer, batch: Batch) -> tuple[float]:
-    import time
-
     begun = time.perf_counter()
     step(peer, batch)
     return (time.perf_counter() - begun,)

@@ -1,0 +1,65 @@
+"""The bench of left-out columns, and the errors on the rows of a real model where there is one."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from bench import columns
+from bench.peers import peers_of
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
+from toy import WORDS, make_model_folder
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_every_line_is_measured(tmp_path, monkeypatch, capsys):
+    folder = make_model_folder(tmp_path / "model")
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(WORDS * 8))
+    quick = [peer.name for peer in columns.peers_of(columns.Case()) if peer.name != "torch.compile"]
+    monkeypatch.setattr(
+        columns, "peers_of", lambda case: [p for p in peers_of(case) if p.name in quick]
+    )
+    monkeypatch.setattr(columns, "PROMPTS", ("1 + 2 =", "a b", "c", "3"))
+    plot, record = tmp_path / "plot.png", tmp_path / "record.json"
+    columns.main(
+        [
+            *("--model", str(folder), "--text", str(text), "--tokens", "128", "--rounds", "2"),
+            *("--dtypes", "float32", "--json", str(record), "--plot", str(plot)),
+        ]
+    )
+    out = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert plot.stat().st_size and record.stat().st_size
+    for kind in columns.KINDS:
+        lines = [line.split(" | ") for line in out if line.startswith(f"| {kind} ")]
+        ours = [line for line in lines if line[2] == "humanline"]
+        assert [float(line[3]) for line in ours] == list(columns.TOLERANCES)
+        assert float(ours[0][4]) == 1 and float(ours[0][5]) < 1e-4 > float(ours[0][6])
+        assert {"bare GEMMs", "eager"} <= {line[2] for line in lines}
+
+
+def real_model() -> Path:
+    from humanline.training import model
+
+    return model.cache() / f"{model._NAME}-{model._VERSION}"
+
+
+@pytest.mark.skipif(
+    not real_model().is_dir(), reason="needs the model that humanline train fetches, in its cache"
+)
+@pytest.mark.parametrize("tolerance", [3e-4, 1e-3, 3e-3])
+def test_errors_on_the_rows_of_a_real_model(tolerance, monkeypatch):
+    monkeypatch.setattr(columns, "TOLERANCES", (tolerance,))
+    monkeypatch.setattr(columns, "peers_of", lambda case: [])
+    monkeypatch.setattr(columns, "peak_bytes", lambda *_: 0)
+    batch = columns.real_batch("text", real_model(), ROOT / "README.md", 256)
+    torch.set_num_threads(1)
+    (line,) = columns.measure(batch, "text", 1)
+    assert 0.05 < line.kept < 0.6
+    assert tolerance / 2 < line.weight_error <= 1.5 * tolerance
+    assert line.hidden_error <= 5 * tolerance
