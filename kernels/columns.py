@@ -18,8 +18,8 @@ from .launch import dense
 
 correct_interpreter()
 
-PART = 128  # rows of a line
-ROWS, BLOCK, WARPS = 16, 512, 8  # rows and columns of a tile
+# A line is of PART rows; a program adds up ROWS of them at a time.
+LAUNCH = {"PART": 128, "ROWS": 16, "COLUMNS": 512, "num_warps": 8}
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -32,12 +32,12 @@ def humanline_column_energies(
     V,
     PART: tl.constexpr,
     ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
     line = tl.program_id(1).to(tl.int64)
-    columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     there = columns < V
-    energy = tl.zeros([BLOCK], tl.float32)
+    energy = tl.zeros([COLUMNS], tl.float32)
     for start in range(0, PART, ROWS):
         rows = line * PART + start + tl.arange(0, ROWS)
         inside = (rows < n)[:, None] & there[None, :]
@@ -62,19 +62,16 @@ def column_energies(dz: Tensor, weights: Tensor) -> Tensor:
         weights: float32 ``[n]``.
     """
     n, vocab = dz.shape
-    lines = dz.new_empty(triton.cdiv(n, PART), vocab, dtype=torch.float32)
+    lines = dz.new_empty(triton.cdiv(n, LAUNCH["PART"]), vocab, dtype=torch.float32)
     if n:
         with torch.cuda.device_of(dz):
-            humanline_column_energies[(triton.cdiv(vocab, BLOCK), len(lines))](
+            humanline_column_energies[(triton.cdiv(vocab, LAUNCH["COLUMNS"]), len(lines))](
                 lines,
                 dz,
                 dz.stride(0),
                 dense(weights),
                 n,
                 vocab,
-                PART=PART,
-                ROWS=ROWS,
-                BLOCK=BLOCK,
-                num_warps=WARPS,
+                **LAUNCH,
             )
     return lines.sum(0)

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK, WARPS = 4096, 8
+LAUNCH = {"BLOCK": 4096, "num_warps": 8}
 
 
 @triton.jit
@@ -31,7 +31,5 @@ def move_rows_(x: Tensor, order: Tensor) -> Tensor:
     k = len(order)
     if k:
         with torch.cuda.device_of(x):
-            humanline_move_rows[(k,)](
-                x, order, x.stride(0), x.shape[1], BLOCK=BLOCK, num_warps=WARPS
-            )
+            humanline_move_rows[(k,)](x, order, x.stride(0), x.shape[1], **LAUNCH)
     return x[:k]

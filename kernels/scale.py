@@ -13,7 +13,7 @@ from .interpreter import correct_interpreter
 
 correct_interpreter()
 
-BLOCK, WARPS = 8192, 8
+LAUNCH = {"BLOCK": 8192, "num_warps": 8}
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -31,9 +31,7 @@ def scale_(x: Tensor, factor: Tensor) -> Tensor:
     """``x *= factor`` for a contiguous ``x [..., V]`` and a scalar tensor; returns ``x``."""
     vocab = x.shape[-1]
     if x.numel():
-        grid = (triton.cdiv(x.numel(), BLOCK),)
+        grid = (triton.cdiv(x.numel(), LAUNCH["BLOCK"]),)
         with torch.cuda.device_of(x):
-            humanline_scale[grid](
-                x, factor, x.numel() // vocab, vocab, BLOCK=BLOCK, num_warps=WARPS
-            )
+            humanline_scale[grid](x, factor, x.numel() // vocab, vocab, **LAUNCH)
     return x

@@ -16,7 +16,7 @@ from .launch import dense
 from .policy_loss import perceive
 from .preference_loss import PAIR_KINDS, PER_TOKEN_KINDS, SINGLE_KINDS, pair_loss, single_loss
 
-BLOCK, WARPS = 1024, 8  # with fewer warps, Triton 3.9 spills on sm_100
+LAUNCH = {"BLOCK": 1024, "num_warps": 8}  # with fewer warps, Triton 3.9 spills on sm_100
 KINDS = (*PAIR_KINDS, *SINGLE_KINDS)
 # What the batch reports, in this order: the mean loss; means over pairs, or over the desirable (as
 # the chosen) and the undesirable single sequences, NaN where there are none; the share of unclamped
@@ -270,8 +270,7 @@ def sequence_loss(
                 PAIRED=paired,
                 PER_TOKEN=kind in PER_TOKEN_KINDS,
                 PACKED=cu_seqlens is not None,
-                BLOCK=BLOCK,
-                num_warps=WARPS,
+                **LAUNCH,
             )
     else:  # means over nothing
         report = logps.new_full((len(REPORT), 1), math.nan)

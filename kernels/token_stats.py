@@ -25,7 +25,7 @@ from .policy_loss import (
 )
 from .sequence_loss import sequence_rows
 
-BLOCK, WARPS = 1024, 4
+LAUNCH = {"BLOCK": 1024, "num_warps": 4}
 # All but the last two are means over the batch's tokens, or the sum of the rows' losses and the
 # number of active rows; the last two are the extremes over sequences that have tokens, else 0.
 REPORT = (
@@ -215,10 +215,9 @@ def token_stats(
                 math.inf if delta is None else float(delta),
                 PENALTY=PENALTIES[penalty],
                 PACKED=cu_seqlens is not None,
-                BLOCK=BLOCK,
-                num_warps=WARPS,
+                **LAUNCH,
             )
         humanline_token_stats_total[(len(REPORT),)](
-            out, active_rows, report, num_sequences, BLOCK=BLOCK, num_warps=WARPS
+            out, active_rows, report, num_sequences, **LAUNCH
         )
     return out, active_rows

@@ -105,7 +105,7 @@ VARIANTS = {
     "moved rows": (move_rows.humanline_move_rows, {}),
     "statistics": (token_stats.humanline_token_stats, {"PENALTY": 3}),
     "scale": (scale.humanline_scale, {}),
-    "energies": (columns.humanline_column_energies, {"PART": columns.PART, "ROWS": columns.ROWS}),
+    "energies": (columns.humanline_column_energies, {}),
     "pairs": (sequence_loss.humanline_sequence_loss, {"KIND": "sigmoid", "PAIRED": True}),
     "sequences": (sequence_loss.humanline_sequence_loss, {"KIND": "kto", "PAIRED": False}),
 }
@@ -212,10 +212,9 @@ def compile_variant(name: str, target: str, vocab: int, dtype: str, aligned: boo
     # Between a head's GEMMs logits are float32, whatever the GEMMs are in, and in rows of ours.
     ours = "z_ptr" in function.arg_names
     config = row_config(vocab, TORCH_DTYPES["fp32" if ours else dtype], aligned or ours)
-    warps = config.pop("num_warps")
     if "LANES" not in function.arg_names:
-        module = sys.modules[function.__module__]
-        warps, config = module.WARPS, {"BLOCK": module.BLOCK}
+        config = dict(sys.modules[function.__module__].LAUNCH)
+    warps = config.pop("num_warps")
     if TARGETS[target].backend == "hip":
         warps //= 2
     defaults = {"TEMPERATURE_PER_ROW": False, "ON_POLICY": False, **config}
