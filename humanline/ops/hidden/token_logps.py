@@ -89,8 +89,8 @@ def linear_token_logps(
             block of rows, never a label's; of these, the part that the rows share is put back
             (columns.py). Where only hidden trains, gradients are formed before the incoming ones
             are known: there every row counts alike, and δ bounds the root mean square of the
-            rows' relative errors. Beside the workspace it takes up to 32 MiB on a CPU, 256 MiB on
-            a GPU in half precision.
+            rows' relative errors. Beside the workspace it takes, by estimate, 40 MiB on a CPU and
+            256 MiB on a GPU in half precision.
 
     Returns:
         ``[...]`` log-probs in nats, float32 (float64 from float64); with ``return_entropy`` a tuple
