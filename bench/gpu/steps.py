@@ -374,6 +374,7 @@ def _losses(b: Batch, backend: str | None = BACKEND) -> Iterator[Tensor]:
     bias = torch.randn(b.case.vocab, device=DEVICE).to(b.case.torch_dtype).to(b.hidden.dtype)
     head = {"bias": bias, "temperature": temperature, "logit_softcap": 3.0}
     yield loss(**head)
+    yield loss(gradient_tolerance=1e-3)
     yield sum(hl.linear_token_logps(b.hidden, b.weight, b.labels, **head, **options)).sum()
     capturable = backend != "torch"
     yield loss(capturable=capturable)
