@@ -104,12 +104,12 @@ class Layout:
         are none, so that no row has it."""
         return _number(x) / self.tokens
 
-    def weights(self, share: Tensor | float) -> Tensor:
-        """One share for all rows, or one a row, as row values ``[n]``; rows outside the completion
-        have one too. For kernels, which do not look at those."""
+    def weights(self, share: Tensor | float, like: Tensor) -> Tensor:
+        """One share for all, or one for each, as values of the shape of ``like``: of rows, where
+        those outside the completion have one too, or of sequences. For kernels."""
         if not isinstance(share, Tensor):
-            return torch.full_like(self.mask, share, dtype=torch.float32)
-        return share.expand(self.mask.shape)
+            return torch.full_like(like, share, dtype=torch.float32)
+        return share.to(like.device).expand(like.shape)
 
     def rows(self, x: Tensor, name: str) -> Tensor:
         """``x`` as flat rows ``[N]``, from row values or from one value a sequence.
@@ -228,10 +228,11 @@ class Rows:
     layout: Layout = field(repr=False)
 
     @classmethod
-    def blank(cls, layout: Layout) -> "Rows":
-        """All rows of a batch whose log-probs are not known yet."""
+    def blank(cls, layout: Layout, length: Tensor) -> "Rows":
+        """All rows of a batch whose log-probs are not known yet; ``length`` may be that of each
+        sequence, where what is asked of them is one value a sequence."""
         unknown = [None] * 6
-        return cls(*unknown, layout.mask, layout.length_of_row, layout)
+        return cls(*unknown, layout.mask, length, layout)
 
     @property
     def requires_grad(self) -> bool:

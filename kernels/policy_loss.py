@@ -81,6 +81,23 @@ def k3_times_ratio(d, c, slope):
 
 
 @triton.jit
+def surrogate(
+    logp, ratio, advantage, low, high, delta, temperature_pos, temperature_neg, KIND: tl.constexpr
+):
+    """What a token loses by its ratio, and the derivative by that; CISPO's is by the perceived
+    log-prob instead."""
+    if KIND == CISPO:
+        weight = -tl.minimum(ratio, high) * advantage
+        # The log-prob may be minus infinity.
+        loss, slope = tl.where(weight == 0, 0.0, weight * logp), weight
+    elif KIND == SAPO:
+        loss, slope = sapo_gate(ratio, advantage, temperature_pos, temperature_neg)
+    else:
+        loss, slope = clipped_surrogate(ratio, advantage, low, high, delta)
+    return loss, slope
+
+
+@triton.jit
 def policy_loss(
     logp,
     anchor,
@@ -103,16 +120,10 @@ def policy_loss(
     c, slope = perceive(logp - anchor, log_eps_P, log_eps_R)
     ratio = tl.exp(tl.minimum(c, MAX_EXPONENT))
     ratio_slope = tl.where(c <= MAX_EXPONENT, ratio * slope, 0.0)
-    if KIND == CISPO:
-        weight = -tl.minimum(ratio, high) * advantage
-        loss = tl.where(weight == 0, 0.0, weight * logp)  # the log-prob may be minus infinity
-        g = weight * slope
-    elif KIND == SAPO:
-        loss, by_ratio = sapo_gate(ratio, advantage, temperature_pos, temperature_neg)
-        g = by_ratio * ratio_slope
-    else:
-        loss, by_ratio = clipped_surrogate(ratio, advantage, low, high, delta)
-        g = by_ratio * ratio_slope
+    loss, g = surrogate(
+        logp, ratio, advantage, low, high, delta, temperature_pos, temperature_neg, KIND
+    )
+    g *= slope if KIND == CISPO else ratio_slope
     if PENALTY != NO_KL:
         d = logp - ref
         if PENALTY == K1:

@@ -27,7 +27,8 @@ from .sequence_loss import sequence_rows
 
 LAUNCH = {"BLOCK": 1024, "num_warps": 4}
 # All but the last two are means over the batch's tokens, or the sum of the rows' losses and the
-# number of active rows; the last two are the extremes over sequences that have tokens, else 0.
+# number of active rows; the last two are the extremes over sequences that have tokens, else 0. With
+# a ratio a sequence (sequence_policy.py) what is clipped is a mean over sequences instead.
 REPORT = (
     "loss",
     "active_rows",
@@ -56,6 +57,44 @@ def penalty(logp, ref, c, PENALTY: tl.constexpr):
     return kl
 
 
+@triton.jit
+def store_report(
+    report_ptr,
+    tokens_ptr,
+    loss,
+    active,
+    logps,
+    entropy,
+    kl,
+    unclamped,
+    low,
+    high,
+    length,
+    PER_SEQUENCE: tl.constexpr,
+):
+    """A sequence's part of REPORT, from sums that are still to be taken over lanes."""
+    tokens = tl.maximum(tl.load(tokens_ptr), 1).to(tl.float32)
+    rows_here = tl.sum(length, 0)
+    low_here, high_here = tl.sum(low, 0), tl.sum(high, 0)
+    sequences = tl.num_programs(0)
+    share = 1.0 / tl.maximum(rows_here, 1.0)
+    out = report_ptr + tl.program_id(0)
+    tl.store(out, tl.sum(loss, 0))
+    tl.store(out + sequences, tl.sum(active, 0))
+    tl.store(out + 2 * sequences, tl.sum(logps, 0) / tokens)
+    tl.store(out + 3 * sequences, tl.sum(entropy, 0) / tokens)
+    tl.store(out + 4 * sequences, tl.sum(kl, 0) / tokens)
+    tl.store(out + 5 * sequences, tl.sum(unclamped, 0) / tokens)
+    of_clipped = tokens
+    if PER_SEQUENCE:
+        of_clipped = tl.maximum(rows_here, 1.0) * sequences
+    tl.store(out + 6 * sequences, low_here / of_clipped)
+    tl.store(out + 7 * sequences, high_here / of_clipped)
+    tl.store(out + 8 * sequences, (low_here + high_here) / of_clipped)
+    tl.store(out + 9 * sequences, tl.where(rows_here > 0, low_here * share, float("inf")))
+    tl.store(out + 10 * sequences, high_here * share)
+
+
 @triton.jit(do_not_specialize=["rows_per_sequence"])
 def humanline_token_stats(
     logps_ptr,
@@ -80,8 +119,7 @@ def humanline_token_stats(
     PACKED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    sequence = tl.program_id(0)
-    start, end = sequence_rows(cu_seqlens_ptr, rows_per_sequence, sequence, PACKED)
+    start, end = sequence_rows(cu_seqlens_ptr, rows_per_sequence, tl.program_id(0), PACKED)
     entropy_weight = 0.0
     if entropy_weight_ptr is not None:
         entropy_weight = tl.load(entropy_weight_ptr).to(tl.float32)
@@ -112,23 +150,20 @@ def humanline_token_stats(
             if PENALTY != NO_KL:
                 ref = tl.load(ref_ptr + rows, mask, other=0.0).to(tl.float32)
                 kl += tl.where(mask, penalty(logp, ref, c, PENALTY), 0.0)
-    tokens = tl.maximum(tl.load(tokens_ptr), 1).to(tl.float32)
-    rows_here = tl.sum(length, 0)
-    low_here, high_here = tl.sum(low, 0), tl.sum(high, 0)
-    sequences = tl.num_programs(0)
-    out = report_ptr + sequence
-    tl.store(out, tl.sum(loss, 0))
-    tl.store(out + sequences, tl.sum(active, 0))
-    tl.store(out + 2 * sequences, tl.sum(logps, 0) / tokens)
-    tl.store(out + 3 * sequences, tl.sum(entropy, 0) / tokens)
-    tl.store(out + 4 * sequences, tl.sum(kl, 0) / tokens)
-    tl.store(out + 5 * sequences, tl.sum(unclamped, 0) / tokens)
-    tl.store(out + 6 * sequences, low_here / tokens)
-    tl.store(out + 7 * sequences, high_here / tokens)
-    share = 1.0 / tl.maximum(rows_here, 1.0)
-    tl.store(out + 8 * sequences, (low_here + high_here) / tokens)
-    tl.store(out + 9 * sequences, tl.where(rows_here > 0, low_here * share, float("inf")))
-    tl.store(out + 10 * sequences, high_here * share)
+    store_report(
+        report_ptr,
+        tokens_ptr,
+        loss,
+        active,
+        logps,
+        entropy,
+        kl,
+        unclamped,
+        low,
+        high,
+        length,
+        False,
+    )
 
 
 @triton.jit(do_not_specialize=["sequences"])
@@ -153,6 +188,25 @@ def humanline_token_stats_total(
     tl.store(out_ptr + column, value)
     if column == 1:
         tl.store(active_rows_ptr, value.to(tl.int64))
+
+
+def total(report: Tensor) -> tuple[Tensor, Tensor]:
+    """REPORT's values ``[11]`` and the active rows, an int64 scalar, from those ``[11, S]`` of
+    sequences."""
+    out = report.new_empty(len(REPORT))
+    active_rows = torch.empty((), dtype=torch.int64, device=report.device)
+    with torch.cuda.device_of(report):
+        humanline_token_stats_total[(len(REPORT),)](
+            out, active_rows, report, report.shape[1], **LAUNCH
+        )
+    return out, active_rows
+
+
+def clipping(kind: str, low: float, high: float, delta: float | None) -> tuple[float, float, float]:
+    """Below and above which ratios count as clipped; what bounds them from above before."""
+    if kind == "cispo":  # which looks at no delta
+        return -math.inf, float(high), math.inf
+    return 1.0 - low, 1.0 + high, math.inf if delta is None else float(delta)
 
 
 def token_stats(
@@ -189,11 +243,8 @@ def token_stats(
         kind, advantages, …: the arguments of ``kernels.token_loss``.
     """
     report = logps.new_empty(len(REPORT), num_sequences)
-    out = logps.new_empty(len(REPORT))
-    active_rows = torch.empty((), dtype=torch.int64, device=logps.device)
-    ratio_low, ratio_high = (-math.inf, high) if kind == "cispo" else (1.0 - low, 1.0 + high)
-    with torch.cuda.device_of(logps):
-        if num_sequences:
+    if num_sequences:
+        with torch.cuda.device_of(logps):
             humanline_token_stats[(num_sequences,)](
                 logps,
                 entropy,
@@ -210,14 +261,9 @@ def token_stats(
                 len(logps) // num_sequences,
                 float(log_eps_P),
                 float(log_eps_R),
-                float(ratio_low),
-                float(ratio_high),
-                math.inf if delta is None else float(delta),
+                *clipping(kind, low, high, delta),
                 PENALTY=PENALTIES[penalty],
                 PACKED=cu_seqlens is not None,
                 **LAUNCH,
             )
-        humanline_token_stats_total[(len(REPORT),)](
-            out, active_rows, report, num_sequences, **LAUNCH
-        )
-    return out, active_rows
+    return total(report)

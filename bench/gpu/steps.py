@@ -187,6 +187,10 @@ def _op_calls() -> Iterator[tuple[str, str, tuple, dict]]:
         options |= {"entropy_weight": scalar} if entropy else {}
         loss = logits, labels, one, torch.empty_like(logits), row, "clipped"
         yield how, "token_loss", loss, options
+        true = torch.ones_like(labels, dtype=torch.bool)
+        sequences = true, true.sum(), 2, None, "clipped", row[:2], row
+        options = {k: v for k, v in options.items() if k != "advantages"}
+        yield how, "sequence_policy", (-row, row if entropy else None, *sequences), options
     true = torch.ones_like(labels, dtype=torch.bool)
     tokens = true.sum()
     stats = -row, None, row, row, true, tokens, 2, None, "clipped"
@@ -367,6 +371,8 @@ def _losses(b: Batch, backend: str | None = BACKEND) -> Iterator[Tensor]:
     if b.case.objective == "grpo":
         with_entropy = hl.GRPO(perception=CLIP, entropy_coef=0.1)
         yield loss(objective=with_entropy)
+        level = {"importance_sampling_level": "sequence"}
+        yield loss(objective=hl.GRPO(perception=CLIP, entropy_coef=0.1, beta=0.1, **level))
     options = {"return_entropy": True, "backend": backend}
     if b.case.entry == "logits":
         yield sum(hl.token_logps(b.logits, b.labels, temperature, **options)).sum()

@@ -41,6 +41,7 @@ from humanline.kernels import (
     move_rows,
     scale,
     sequence_loss,
+    sequence_policy,
     token_logps,
     token_loss,
     token_stats,
@@ -62,6 +63,7 @@ INTEGERS = {
         "n",
         "rows",
         "rows_per_sequence",
+        "weight_stride",
         "chunks",
         "tiles_per_chunk",
         "group",
@@ -108,6 +110,7 @@ VARIANTS = {
     "energies": (columns.humanline_column_energies, {}),
     "pairs": (sequence_loss.humanline_sequence_loss, {"KIND": "sigmoid", "PAIRED": True}),
     "sequences": (sequence_loss.humanline_sequence_loss, {"KIND": "kto", "PAIRED": False}),
+    "ratios": (sequence_policy.humanline_sequence_policy, {"KIND": 0, "PENALTY": 3}),
 }
 # The GEMMs, with the constants that are not False.
 GATHERED = {"INDEX": True, "COUNT": True}

@@ -93,6 +93,21 @@ class Objective:
         """:meth:`stats` from what that kernel reports."""
         raise NotImplementedError(f"{type(self).__name__} does not define stats_of()")
 
+    def kernel_arguments(
+        self, layout: Layout, ref_logps: Tensor | None, **batch: Any
+    ) -> dict[str, Any] | None:
+        """Arguments of ``kernels.token_loss`` if this very loss exists as a device function; of
+        ``kernels.sequence_policy`` if :attr:`coupling` is "sequence".
+
+        Without one a token-level objective takes two launches from logits on a GPU instead of one,
+        and small ones for its coefficients and statistics.
+        """
+        return None
+
+    def token_stats_of(self, report: dict[str, Tensor]) -> dict[str, Tensor]:
+        """:meth:`stats` from what ``kernels.token_stats`` names."""
+        raise NotImplementedError(f"{type(self).__name__} does not define token_stats_of()")
+
     def anchor(self, logps: Tensor, ref_logps: Tensor | None, **batch: Any) -> Tensor:
         """The log-probs that the log-ratio is taken to."""
         return ref_logps
@@ -340,20 +355,6 @@ class TokenObjective(Objective):
         ``rows`` may be all of the batch or a block of it. :func:`~humanline.debug` looks at that.
         """
         raise NotImplementedError(f"{type(self).__name__} does not define token_loss()")
-
-    def kernel_arguments(
-        self, layout: Layout, ref_logps: Tensor | None, **batch: Any
-    ) -> dict[str, Any] | None:
-        """Arguments of ``kernels.token_loss`` if this very loss exists as a device function.
-
-        Without one an objective takes two launches from logits on a GPU instead of one, and small
-        ones for its coefficients and statistics.
-        """
-        return None
-
-    def token_stats_of(self, report: dict[str, Tensor]) -> dict[str, Tensor]:
-        """:meth:`stats` from what ``kernels.token_stats`` reports."""
-        raise NotImplementedError(f"{type(self).__name__} does not define token_stats_of()")
 
     def loss(self, rows: Rows, **batch: Any) -> Tensor:
         shares = self.token_loss(rows, **batch)

@@ -258,14 +258,18 @@ class GRPO(PolicyObjective):
         self, layout: Layout, ref_logps: Tensor | None, advantages, old_logps, num_items_in_batch
     ) -> dict[str, Any] | None:
         common = self.common_kernel_arguments(layout, ref_logps, advantages, old_logps)
-        if common is None or type(self) is not GRPO:  # a subclass may define another loss
-            return None
+        if common is None or type(self) is not GRPO or self.loss_type == "vespo":
+            return None  # a subclass may define another loss
         penalty = "k3·ratio" if self.use_bias_correction_kl else "k3"
-        rows = Rows.blank(layout)
+        if self.coupling == "token":
+            like, length = layout.mask, layout.length_of_row
+        else:
+            like = length = layout.lengths
+        share = SHARES[self.loss_type](Rows.blank(layout, length), 1.0, self, num_items_in_batch)
         return common | {
             "kind": self.loss_type if self.loss_type in ("cispo", "sapo") else "clipped",
             "penalty": penalty if self.beta != 0 else None,
-            "weight": layout.weights(SHARES[self.loss_type](rows, 1.0, self, num_items_in_batch)),
+            "weight": layout.weights(share, like),
             "delta": self.delta,
             "temperature_pos": self.sapo_temperature_pos,
             "temperature_neg": self.sapo_temperature_neg,

@@ -54,7 +54,7 @@ class PPO(PolicyObjective):
         return common | {
             "kind": "clipped",
             "penalty": self.kl_estimator if self.beta != 0 else None,
-            "weight": layout.weights(layout.over_tokens(1.0)),
+            "weight": layout.weights(layout.over_tokens(1.0), layout.mask),
         }
 
     def token_loss(self, rows: Rows, advantages, old_logps) -> Tensor:

@@ -36,7 +36,7 @@ class SFT(TokenObjective):
             return None
         items = num_items_in_batch
         share = layout.over_tokens(1.0) if items is None else 1.0 / items
-        return {"kind": "nll", "weight": layout.weights(share)}
+        return {"kind": "nll", "weight": layout.weights(share, layout.mask)}
 
     def token_loss(self, rows: Rows, num_items_in_batch) -> Tensor:
         loss, items = -rows.logps, num_items_in_batch

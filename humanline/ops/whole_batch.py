@@ -1,8 +1,8 @@
 """From the log-probs of a whole batch to its loss and coefficients: the seam, or one launch.
 
 On a GPU a sequence-level objective that exists as a device function takes one small kernel, where
-the seam's torch and autograd on ``[N]`` floats take some fifty; the statistics of a token-level one
-take two.
+the seam's torch and autograd on ``[N]`` floats take some fifty; one with a ratio a sequence takes
+two, for more than a hundred; the statistics of a token-level one take two.
 """
 
 from functools import partial
@@ -24,11 +24,19 @@ def finish(
 
 def evaluate(problem: Problem, logps: Tensor, entropy: Tensor | None, backend: str) -> Evaluation:
     """As :func:`humanline.seam.evaluate` for all rows ``[N]``, by the kernel where there is one."""
-    arguments = None
-    if backend == "triton" and logps.dtype == torch.float32 and not torch.compiler.is_compiling():
-        arguments = problem.objective.sequence_kernel_arguments(**problem.batch)
-    if arguments is None:
+    if backend != "triton" or logps.dtype != torch.float32 or torch.compiler.is_compiling():
         return seam.evaluate(problem, logps, entropy)
+    arguments = problem.objective.sequence_kernel_arguments(**problem.batch)
+    if arguments is not None:
+        return _evaluate_sequences(problem, arguments, logps)
+    arguments = problem.kernel_arguments() if problem.coupling == "sequence" else None
+    if arguments is not None:
+        return _evaluate_ratios(problem, arguments, logps, entropy)
+    return seam.evaluate(problem, logps, entropy)
+
+
+def _evaluate_sequences(problem: Problem, arguments: dict[str, Any], logps: Tensor) -> Evaluation:
+    """By kernels/sequence_loss.py."""
     from humanline.kernels.sequence_loss import REPORT
 
     objective, layout = problem.objective, problem.layout
@@ -52,6 +60,21 @@ def evaluate(problem: Problem, logps: Tensor, entropy: Tensor | None, backend: s
     return Evaluation(named["loss"], Coefficients(g, None), stats=stats)
 
 
+def _evaluate_ratios(
+    problem: Problem, arguments: dict[str, Any], logps: Tensor, entropy: Tensor | None
+) -> Evaluation:
+    """By kernels/sequence_policy.py."""
+    layout = problem.layout
+    g, g_entropy, report, active_rows = _sequence_policy(
+        logps.detach(),
+        None if entropy is None else entropy.detach(),
+        *(layout.mask, layout.tokens, layout.num_sequences, layout.cu_seqlens),
+        **arguments,
+    )
+    coefficients = Coefficients(g, None if entropy is None else g_entropy)
+    return _reported(problem, coefficients, report, active_rows)
+
+
 def token_evaluation(
     problem: Problem,
     arguments: dict[str, Any],
@@ -66,20 +89,27 @@ def token_evaluation(
         arguments: of the objective's device function.
         logps, entropy, loss, g: float32 ``[N]`` of all rows.
     """
-    from humanline.kernels.token_stats import REPORT
-
-    objective, layout = problem.objective, problem.layout
+    layout = problem.layout
     report, active_rows = _token_stats(
         *(logps, entropy, loss, g),
         *(layout.mask, layout.tokens, layout.num_sequences, layout.cu_seqlens),
         **{k: x for k, x in arguments.items() if k in _OF_STATS},
     )
+    return _reported(problem, Coefficients(g, None), report, active_rows)
+
+
+def _reported(
+    problem: Problem, coefficients: Coefficients, report: Tensor, active_rows: Tensor
+) -> Evaluation:
+    """With the loss and the statistics in a report of kernels/token_stats.py."""
+    from humanline.kernels.token_stats import REPORT
+
     named = dict(zip(REPORT, report.unbind(), strict=True))
-    stats = objective.token_stats_of(named)
-    if objective.needs_reference:
+    stats = problem.objective.token_stats_of(named)
+    if problem.objective.needs_reference:
         stats["humanline/unclamped"] = named["unclamped"]
     stats["humanline/active_rows"] = active_rows
-    return Evaluation(named["loss"], Coefficients(g, None), stats=stats)
+    return Evaluation(named["loss"], coefficients, stats=stats)
 
 
 @torch.library.custom_op("humanline::sequence_loss", mutates_args=())
@@ -110,6 +140,46 @@ def _(logps, *_, **__):
     from humanline.kernels.sequence_loss import REPORT
 
     return torch.empty_like(logps), logps.new_empty(len(REPORT))
+
+
+@torch.library.custom_op("humanline::sequence_policy", mutates_args=())
+def _sequence_policy(
+    logps: Tensor,
+    entropy: Tensor | None,
+    mask: Tensor,
+    tokens: Tensor,
+    num_sequences: int,
+    cu_seqlens: Tensor | None,
+    kind: str,
+    weight: Tensor,
+    advantages: Tensor,
+    anchor: Tensor | None = None,
+    ref: Tensor | None = None,
+    entropy_weight: Tensor | None = None,
+    penalty: str | None = None,
+    log_eps_P: float = 0.0,
+    log_eps_R: float = 0.0,
+    low: float = 0.0,
+    high: float = 0.0,
+    delta: float | None = None,
+    beta: float = 0.0,
+    temperature_pos: float = 1.0,
+    temperature_neg: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    arguments = dict(locals())
+    from humanline.kernels import sequence_policy as kernel
+
+    g, g_entropy, report, active_rows = kernel.sequence_policy(**arguments)
+    return g, logps.new_empty(0) if g_entropy is None else g_entropy, report, active_rows
+
+
+@_sequence_policy.register_fake
+def _(logps, entropy, *_, **__):
+    from humanline.kernels.token_stats import REPORT
+
+    g_entropy = logps.new_empty(0) if entropy is None else torch.empty_like(logps)
+    active_rows = logps.new_empty((), dtype=torch.int64)
+    return torch.empty_like(logps), g_entropy, logps.new_empty(len(REPORT)), active_rows
 
 
 @torch.library.custom_op("humanline::token_stats", mutates_args=())

@@ -12,8 +12,8 @@ from bench.machine_code.launches import OBJECTIVES, ROWS, V, count, main
 from bench.paper.costs import COSTS, Tail
 
 TOKEN_LEVEL = ["GRPO", "GRPO, KL", "GRPO, entropy", "PPO", "SFT"]
-SEQUENCE_LEVEL = ["DPO", "KTO", "SimPO", "SLiC"]
-BY_TORCH = ["GSPO", "DPO, ProspectWeight"]  # coefficients and statistics have no kernel
+SEQUENCE_LEVEL = ["DPO", "KTO", "SimPO", "SLiC", "GSPO"]
+BY_TORCH = ["DPO, ProspectWeight"]  # coefficients and statistics have no kernel
 
 
 def test_every_objective_is_sorted_here():

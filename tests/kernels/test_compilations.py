@@ -34,8 +34,8 @@ launch = JITFunction.run
 JITFunction.run = lambda self, *a, grid, warmup, **k: launch(self, *a, grid=grid, warmup=True, **k)
 
 from humanline.kernels import (
-    columns, head_rows, linear_logps, matmul, move_rows, scale, sequence_loss, token_logps,
-    token_loss, token_stats
+    columns, head_rows, linear_logps, matmul, move_rows, scale, sequence_loss, sequence_policy,
+    token_logps, token_loss, token_stats
 )
 from humanline.kernels.token_epilogue import TokenLoss
 
@@ -45,6 +45,7 @@ ROWS = (
     token_loss.humanline_token_loss,
     scale.humanline_scale,
     sequence_loss.humanline_sequence_loss,
+    sequence_policy.humanline_sequence_policy,
     head_rows.humanline_head_softmax,
     head_rows.humanline_head_gradient,
     move_rows.humanline_move_rows,
@@ -88,6 +89,10 @@ def run_rows(batch, length, x, vocab, shifted=False, dtype=torch.float32):
     token_loss.token_loss(logits, labels, temperature, grad, weight=row, beta=x, **loss)
     mask, tokens = labels.view(-1) == 0, torch.tensor(len(row))
     token_stats.token_stats(logps, None, logps, logps, mask, tokens, 2 * batch, None, **loss)
+    some = row[: 2 * batch] if length > 1 else row[:1].expand(2 * batch)
+    sequence_policy.sequence_policy(
+        logps, None, mask, tokens, 2 * batch, None, weight=some, beta=x, **loss
+    )
     scale.scale_(grad, torch.tensor(x))
     sequence_loss.sequence_loss(
         logps,

@@ -11,7 +11,7 @@ import humanline.ops.logits.token_logps
 from humanline.ops.backend import interpreting
 from humanline.ops.logits.objective import _scale_, _token_loss
 from humanline.ops.logits.token_logps import _token_logps, _token_logps_backward
-from humanline.ops.whole_batch import _sequence_loss, _token_stats
+from humanline.ops.whole_batch import _sequence_loss, _sequence_policy, _token_stats
 
 V, H = 13, 6
 
@@ -264,6 +264,23 @@ def test_opcheck_of_the_loss_of_sequences(kind, packed):
     if kind == "kto":
         options |= {"desirable": torch.arange(4) % 2 == 0, "z0": torch.tensor(0.1)}
     assert_passes_opcheck(_sequence_loss, arguments, options, test_utils=INSIDE_AUTOGRAD)
+
+
+@BY_KERNELS
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("with_entropy", [False, True])
+def test_opcheck_of_the_ratios_of_sequences(with_entropy, packed):
+    cu_seqlens = torch.tensor([0, 2, 2, 7, 12]) if packed else None
+    row = torch.randn(12)
+    mask = row > -1
+    options = {"anchor": row.double() + 0.1, "ref": row, "penalty": "k3", "beta": 0.1, "low": 0.2}
+    if with_entropy:
+        options["entropy_weight"] = torch.tensor(0.1)
+    arguments = row, row if with_entropy else None, mask, mask.sum(), 4, cu_seqlens, "clipped"
+    weights = torch.tensor(0.1).expand(4), row
+    assert_passes_opcheck(
+        _sequence_policy, (*arguments, *weights), options, test_utils=INSIDE_AUTOGRAD
+    )
 
 
 @BY_KERNELS
