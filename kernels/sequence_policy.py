@@ -27,7 +27,7 @@ from .policy_loss import (
 from .sequence_loss import sequence_rows
 from .token_stats import REPORT, clipping, store_report, total
 
-LAUNCH = {"BLOCK": 256, "num_warps": 4}  # else each Triton spills some kind somewhere
+LAUNCH = {"BLOCK": 256, "num_warps": 4}  # larger, each Triton spills some kind
 
 
 @triton.jit

@@ -110,7 +110,7 @@ VARIANTS = {
     "energies": (columns.humanline_column_energies, {}),
     "pairs": (sequence_loss.humanline_sequence_loss, {"KIND": "sigmoid", "PAIRED": True}),
     "sequences": (sequence_loss.humanline_sequence_loss, {"KIND": "kto", "PAIRED": False}),
-    "ratios": (sequence_policy.humanline_sequence_policy, {"KIND": 0, "PENALTY": 3}),
+    "ratios": (sequence_policy.humanline_sequence_policy, {"KIND": 2, "PENALTY": 3}),
 }
 # The GEMMs, with the constants that are not False.
 GATHERED = {"INDEX": True, "COUNT": True}

@@ -176,6 +176,10 @@ OBJECTIVES = {
     "SimPO": (hl.SimPO(), ()),
     "SLiC": (hl.SLiC(), ()),
     "GSPO": (hl.GRPO(perception=CLIP, importance_sampling_level="sequence"), ("advantages",)),
+    "GSPO, entropy": (
+        hl.GRPO(perception=CLIP, importance_sampling_level="sequence", entropy_coef=0.01),
+        ("advantages",),
+    ),
     "DPO, ProspectWeight": (hl.DPO(perception=hl.ProspectWeight()), ()),
 }
 ENTRIES = ("logits", "hidden", "hidden, frozen head")

@@ -17,7 +17,7 @@ BY_TORCH = ["DPO, ProspectWeight"]  # coefficients and statistics have no kernel
 
 
 def test_every_objective_is_sorted_here():
-    assert {*TOKEN_LEVEL, *SEQUENCE_LEVEL, *BY_TORCH} == OBJECTIVES.keys()
+    assert {*TOKEN_LEVEL, *SEQUENCE_LEVEL, "GSPO, entropy", *BY_TORCH} == OBJECTIVES.keys()
 
 
 @pytest.mark.parametrize("name", TOKEN_LEVEL + SEQUENCE_LEVEL)
@@ -45,6 +45,16 @@ def test_with_a_frozen_head(name):
         assert (work.gemms, work.reads) == (32 + 1 + 7, 1 + 7)
     else:  # all rows are multiplied, block by block
         assert (work.gemms, work.reads) == (2 * 11, 1)
+
+
+def test_a_ratio_a_sequence_with_an_entropy_bonus():
+    """Which has a coefficient a row of its own, known once the sequence is: its logits are formed a
+    second time."""
+    work = count("GSPO, entropy", "logits")
+    assert 0 < work.beside_gemms <= 17 and work.gemms == work.reads == 0
+    for entry in ("hidden", "hidden, frozen head"):
+        work = count("GSPO, entropy", entry)
+        assert work.beside_gemms <= 120 and work.reads <= 3
 
 
 @pytest.mark.parametrize("name", BY_TORCH)
