@@ -22,6 +22,7 @@ OBJECTIVES = [
         for corrected, clip in product([True, False], CLIPS)
     ),
     hl.GRPO(delta=1.25, epsilon=0.1),
+    hl.GRPO(loss_type="cispo", delta=1.05, epsilon_high=1.1),  # which looks at no delta
     hl.GRPO(loss_type="dapo", entropy_coef=0.03, beta=0.1),
     hl.GRPO(loss_type="cispo", epsilon_high=1.1, beta=0.1, entropy_coef=0.03),
     *(hl.PPO(beta=0.1, kl_estimator=kl, entropy_coef=0.02) for kl in ("k1", "k3")),
