@@ -54,7 +54,7 @@ def test_a_ratio_a_sequence_with_an_entropy_bonus():
     assert 0 < work.beside_gemms <= 17 and work.gemms == work.reads == 0
     for entry in ("hidden", "hidden, frozen head"):
         work = count("GSPO, entropy", entry)
-        assert work.beside_gemms <= 120 and work.reads <= 3
+        assert work.beside_gemms <= 130 and work.reads <= 3
 
 
 @pytest.mark.parametrize("name", BY_TORCH)

@@ -172,7 +172,7 @@ def compilations(what, vocab=0):
 
 @pytest.mark.parametrize("vocab", [4096, 50257])
 def test_lengths_and_hyperparameters_compile_nothing(vocab):
-    assert compilations("rows", vocab) == [[1] * 11] * 7
+    assert compilations("rows", vocab) == [[1] * 12] * 7
 
 
 def test_numbers_of_rows_and_head_options_compile_nothing():
@@ -182,4 +182,4 @@ def test_numbers_of_rows_and_head_options_compile_nothing():
 def test_row_values_in_float64_compile():
     """Such as log-probs of a reference computed elsewhere; the interpreter hides what the compiler
     makes of two dtypes in one sum."""
-    assert compilations("float64", 4096) == [[1] * 11, [1] * 5]
+    assert compilations("float64", 4096) == [[1] * 12, [1] * 5]
