@@ -2,7 +2,8 @@
 
 A program takes a pair of sequences (or one sequence): it sums the perceived log-ratios of its rows,
 evaluates the loss, and writes each row's coefficient. 9 bytes a row are read twice, 4 written:
-nothing beside the rows' logits. The same in torch is some fifty launches, each of them as long.
+nothing beside the rows' logits. The same in torch is more than a hundred launches, each of
+them as long (counted with a perception that has no kernel, tests/bench/test_launches.py).
 """
 
 import math

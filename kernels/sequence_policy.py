@@ -3,7 +3,7 @@ backward: coefficients and what the batch reports, in two launches.
 
 A program takes a sequence three times: for its ratio, for its loss and the derivative by the mean
 log-ratio, and for the rows' coefficients. A few numbers a row: nothing beside the rows' logits. The
-same in torch is more than a hundred launches, each of them as long.
+same in torch is more than a hundred launches (an estimate), each of them as long.
 """
 
 import torch

@@ -1,8 +1,8 @@
 """What a batch reports of a token-level objective, in two launches.
 
 A program takes a sequence and adds up its rows; another takes these sums together. 20 to 30 bytes a
-row are read: nothing beside the rows' logits. The same in torch is some seventy launches, each of
-them as long.
+row are read: nothing beside the rows' logits. The same in torch is dozens of launches, by
+estimate, each of them as long.
 """
 
 import math

@@ -1,8 +1,9 @@
 """From the log-probs of a whole batch to its loss and coefficients: the seam, or one launch.
 
 On a GPU a sequence-level objective that exists as a device function takes one small kernel, where
-the seam's torch and autograd on ``[N]`` floats take some fifty; one with a ratio a sequence takes
-two, for more than a hundred; the statistics of a token-level one take two.
+the seam's torch and autograd on ``[N]`` floats take more than a hundred
+(tests/bench/test_launches.py). One with a ratio a sequence takes two, and so do the statistics of a
+token-level one.
 """
 
 from functools import partial

@@ -59,6 +59,7 @@ def test_a_ratio_a_sequence_with_an_entropy_bonus():
 
 @pytest.mark.parametrize("name", BY_TORCH)
 def test_others_take_more_launches_but_no_more_products(name):
+    assert count(name, "logits").beside_gemms > 150
     work = count(name, "hidden")
     assert work.beside_gemms > 150 and work.gemms == 11 + 2 and work.reads <= 3
 
