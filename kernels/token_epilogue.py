@@ -18,6 +18,46 @@ from .rows import row_value
 
 
 @triton.jit
+def row_loss(
+    row,
+    logp,
+    anchor_ptr,
+    ref_ptr,
+    advantages_ptr,
+    weight_ptr,
+    log_eps_P,
+    log_eps_R,
+    low,
+    high,
+    delta,
+    beta,
+    temperature_pos,
+    temperature_neg,
+    KIND: tl.constexpr,
+    PENALTY: tl.constexpr,
+):
+    """A row's share of the loss, without an entropy term, and its derivative by the log-prob."""
+    loss, g = policy_loss(
+        logp,
+        row_value(anchor_ptr, row, anchor_ptr is not None, logp),
+        row_value(ref_ptr, row, PENALTY != 0, 0.0),
+        row_value(advantages_ptr, row, KIND != 3, 0.0),
+        log_eps_P,
+        log_eps_R,
+        low,
+        high,
+        delta,
+        beta,
+        temperature_pos,
+        temperature_neg,
+        KIND,
+        PENALTY,
+    )
+    weight = tl.load(weight_ptr + row).to(tl.float32)
+    return loss * weight, g * weight
+
+
+@triton.jit
 def write_token_loss(
     row,
     logp,
@@ -45,11 +85,13 @@ def write_token_loss(
     ENTROPY: tl.constexpr,
 ):
     """A row's loss, its coefficient ``g``, and what :class:`TokenLoss` names besides."""
-    loss, g = policy_loss(
+    loss, g = row_loss(
+        row,
         logp,
-        row_value(anchor_ptr, row, anchor_ptr is not None, logp),
-        row_value(ref_ptr, row, PENALTY != 0, 0.0),
-        row_value(advantages_ptr, row, KIND != 3, 0.0),
+        anchor_ptr,
+        ref_ptr,
+        advantages_ptr,
+        weight_ptr,
         log_eps_P,
         log_eps_R,
         low,
@@ -61,9 +103,6 @@ def write_token_loss(
         KIND,
         PENALTY,
     )
-    weight = tl.load(weight_ptr + row).to(tl.float32)
-    loss *= weight
-    g *= weight
     if ENTROPY:
         g_entropy = tl.load(entropy_weight_ptr).to(tl.float32)
         loss += g_entropy * entropy

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import RowTensor, dense, row_config
-from .policy_loss import KINDS, PENALTIES, policy_loss
+from .policy_loss import KINDS, PENALTIES
 from .rows import (
     IGNORE_INDEX,
     LN2,
@@ -23,10 +23,10 @@ from .rows import (
     row_entropy,
     row_offset,
     row_statistics,
-    row_value,
     write_gradient,
     write_zeros,
 )
+from .token_epilogue import row_loss
 
 _LENGTHS = ["rows_per_batch", "batch_stride_rows", "grad_rows_per_batch", "grad_batch_stride_rows"]
 
@@ -63,7 +63,6 @@ def humanline_token_loss(
     temperature_neg,
     KIND: tl.constexpr,
     PENALTY: tl.constexpr,
-    ON_POLICY: tl.constexpr,
     TEMPERATURE_PER_ROW: tl.constexpr,
     ENTROPY: tl.constexpr,
     LANES: tl.constexpr,
@@ -84,11 +83,13 @@ def humanline_token_loss(
     inverse = inverse_temperature(temperature_ptr, row, TEMPERATURE_PER_ROW)
     m, s, t = row_statistics(row_ptr, V, inverse * LOG2E, "evict_last", ENTROPY, LANES, PER_LANE)
     logp = label_logp(row_ptr, label, inverse, m, s, V)
-    loss, g = policy_loss(
+    loss, g = row_loss(
+        row,
         logp,
-        row_value(anchor_ptr, row, not ON_POLICY, logp),
-        row_value(ref_ptr, row, PENALTY != 0, 0.0),
-        row_value(advantages_ptr, row, KIND != 3, 0.0),
+        anchor_ptr,
+        ref_ptr,
+        advantages_ptr,
+        weight_ptr,
         log_eps_P,
         log_eps_R,
         low,
@@ -100,9 +101,6 @@ def humanline_token_loss(
         KIND,
         PENALTY,
     )
-    weight = tl.load(weight_ptr + row).to(tl.float32)
-    loss *= weight
-    g *= weight
     entropy = 0.0
     g_entropy = 0.0
     if ENTROPY:
@@ -205,7 +203,6 @@ def token_loss(
                 float(temperature_neg),
                 KIND=KINDS[kind],
                 PENALTY=PENALTIES[penalty],
-                ON_POLICY=anchor is None,
                 TEMPERATURE_PER_ROW=temperature.dim() > 0,
                 ENTROPY=entropy is not None,
                 **row_config(logits.shape[-1], logits.dtype, rows.aligned),

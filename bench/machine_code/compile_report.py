@@ -220,7 +220,7 @@ def compile_variant(name: str, target: str, vocab: int, dtype: str, aligned: boo
     warps = config.pop("num_warps")
     if TARGETS[target].backend == "hip":
         warps //= 2
-    defaults = {"TEMPERATURE_PER_ROW": False, "ON_POLICY": False, **config}
+    defaults = {"TEMPERATURE_PER_ROW": False, **config}
     defaults |= {"PER_TOKEN": True, "PACKED": True, "OF_LOGP": True}
     defaults |= {"KEPT": True, "ACTIVE": True, "TOKEN_LOSS": False, "KIND": 0, "PENALTY": 0}
     constants = {**{k: v for k, v in defaults.items() if k in function.arg_names}, **constants}
