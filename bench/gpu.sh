@@ -12,6 +12,7 @@
 #
 #   smoke                     a minute: import, every kernel once against float64, products from half
 #                             precision to float32, a CUDA graph
+#   profile                   a call's kernels by time, and what is left between them
 #   bench-…-151936, …-32000   the floor and four peers at N = 8,192, bfloat16: GRPO from logits at
 #                             two vocabularies, GRPO and DPO from hidden states of width 4,096
 #   correctness               ours and eager's errors against float64, at real sizes; N·V > 2³¹
@@ -29,8 +30,9 @@
 #
 # FOLDER, by default $OUT or runs/gpu, holds one file: gpu-results.tar.gz, written anew after each
 # step. In it, in a folder named after the GPU and the day: results.json, checks.jsonl,
-# configurations.jsonl, ncu.csv, ncu.json, log; machines.jsonl, a line for each time this was
-# started; and which steps are done, failed, late (a line for each time that one ran out of time).
+# profile.jsonl, configurations.jsonl, ncu.csv, ncu.json, log; machines.jsonl, a line for each time
+# this was started; and which steps are done, failed, late (a line for each time that one ran out
+# of time).
 #
 # --wheels installs the peers without their dependencies; a peer that is missing is skipped and says
 # so. `pip download --no-deps --only-binary=:all: --python-version 3.12` fetches a wheel. Beside
@@ -138,6 +140,7 @@ bench() { # NAME REPEATS OPTIONS…: results are saved one by one, and it goes o
 steps() {
     gpu smoke smoke
     step environment "$python" -m humanline.cli doctor
+    gpu profile where_the_time_goes
     if [ -n "$reduced" ]; then
         bench smoke 1 --suite smoke --peers 'bare GEMMs' eager humanline
     else

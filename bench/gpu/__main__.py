@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from bench.gpu import steps
+from bench.gpu.profile import where_the_time_goes
 from bench.gpu.smoke import smoke
 
 STEPS = {
@@ -12,6 +13,7 @@ STEPS = {
     for f in (
         steps.machine,
         smoke,
+        where_the_time_goes,
         steps.correctness,
         steps.correctness_rest,
         steps.ops,
