@@ -19,7 +19,7 @@
 #   graphs, opcheck           capture and replay in a CUDA graph; torch.library.opcheck of every op
 #   ncu, dram                 bytes a logit the row kernels move, counted by the GPU
 #   sanitizer-…               every kernel on small shapes under compute-sanitizer
-#   tests-…                   tests/kernels and tests/ops, a file a step
+#   tests                     tests/kernels and tests/ops, on all cores
 #   bench-gpu                 all peers and the rest of the suite: KTO, SFT, half the rows active, …
 #   configurations            warps to commit in kernels/launch.py
 #   bench-gpu-active, …       sweeps over active rows, logit scale, tokens
@@ -134,7 +134,7 @@ bench() { # NAME REPEATS OPTIONS…: results are saved one by one, and it goes o
     local name=$1 repeats=$2
     shift 2
     step "bench-$name" "$python" -m bench --output "$results/results.json" \
-        --seconds $((end - SECONDS - 90)) --repeats "$repeats" "$@"
+        --seconds $((end - SECONDS - 40)) --repeats "$repeats" "$@"
 }
 
 steps() {
@@ -171,11 +171,9 @@ steps() {
             compute-sanitizer --tool "$check" --error-exitcode 1 -- \
             "$python" -m bench.gpu small $reduced --output "$results"
     done
-    local files=(tests/{kernels,ops,ops/hidden}/test_*.py)
-    if [ -n "$reduced" ]; then files=(tests/ops/hidden/test_gemms.py); fi
-    for file in "${files[@]}"; do
-        step "tests-$(basename "$file" .py)" "$python" -m pytest -q -p no:cacheprovider "$file"
-    done
+    local tests=(tests/{kernels,ops})
+    if [ -n "$reduced" ]; then tests=(tests/ops/hidden/test_gemms.py); fi
+    step tests "$python" -m pytest -q -p no:cacheprovider -n "$(nproc)" "${tests[@]}"
     if [ -z "$reduced" ]; then bench gpu 5 --suite gpu; fi
     gpu configurations configurations
     if [ -z "$reduced" ]; then

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import dense, row_config, row_length
+from .launch import READ_AGAIN, dense, row_config, row_length
 from .rows import (
     LN2,
     LOG2E,
@@ -247,7 +247,7 @@ class HeadRows:
         self._constants = {
             "TEMPERATURE_PER_ROW": temperature.dim() > 0,
             "SOFTCAP": logit_softcap is not None,
-            **row_config(vocab, z.dtype, aligned),
+            **row_config(vocab, z.dtype, aligned, READ_AGAIN),
         }
         self.logps = z.new_empty(len(z)) if logps is None else logps
         self._max, self._sum = (z.new_empty(len(z)) for _ in range(2))

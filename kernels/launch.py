@@ -2,7 +2,6 @@
 
 import sys
 from dataclasses import dataclass, replace
-from functools import lru_cache
 
 import torch
 import triton
@@ -68,41 +67,28 @@ def dense(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.reshape(-1).contiguous()
 
 
-# Warps a row is given, by its length: up to so many logits, so many warps. By device, as
-# `device_key` names it; one that is not listed takes "any". Lines for a
-# device come out of `bench/gpu.sh` (configurations.jsonl).
-ROW_WARPS: dict[str, dict[int, int]] = {
-    "any": {4_096: 4, 16_384: 8, 65_536: 16, sys.maxsize: 32},
-}
+# Warps a row is given, by its length: up to so many logits, so many warps. Measured on an H100, in
+# bfloat16. What is read once wants several rows on an SM: while one is summed up others are read.
+# What is read again wants them to stay in the caches, which one long row to each SM already fills.
+READ_ONCE = {4_096: 4, 65_536: 8, sys.maxsize: 16}
+READ_AGAIN = {4_096: 4, 32_768: 8, 65_536: 16, sys.maxsize: 32}
 
 # Bytes of a tile that are a thread's. Of an aligned row, one load; another is loaded an element at
 # a time, see rows.tiles_in_flight.
 LANE_BYTES = {"aligned": 16, "unaligned": 8}
 
 
-@lru_cache
-def device_key(index: int | None) -> str:
-    """Such as "sm_90" or "gfx942"; "any" without a GPU."""
-    if index is None:
-        return "any"
-    if torch.version.hip:
-        return torch.cuda.get_device_properties(index).gcnArchName.split(":")[0]
-    return "sm_{}{}".format(*torch.cuda.get_device_capability(index))
+def row_config(
+    vocab: int, dtype: torch.dtype, aligned: bool, by_length: dict[int, int]
+) -> dict[str, int]:
+    """Tile and warps for rows of this length, by one of the tables above.
 
-
-def row_config(vocab: int, dtype: torch.dtype, aligned: bool) -> dict[str, int]:
-    """Tile and warps for rows of this length, on the current device.
-
-    A long row gets 1,024 threads, so that one program fills an SM: with a row of 300 kB to each of
-    132 SMs, the second read finds the row in L2. The table is
-    fixed, not tuned on the spot: the fastest differs from run to run, and with it the last bits of
-    a sum.
+    They are fixed, not tuned on the spot: the fastest differs from run to run, and with it the last
+    bits of a sum.
 
     Args:
         aligned: see :attr:`RowTensor.aligned`.
     """
-    index = torch.cuda.current_device() if torch.cuda.is_available() else None
-    by_length = ROW_WARPS.get(device_key(index), ROW_WARPS["any"])
     warps = next(w for length, w in by_length.items() if vocab <= length)
     return row_tile(warps, dtype, aligned)
 
@@ -166,10 +152,15 @@ def gemm_target(x: Tensor) -> str:
     return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
 
 
-def gemm_config(dtype: torch.dtype, target: str, columns: int = 256) -> GemmConfig:
-    """Tiles for this dtype and target, at most so many columns: a long epilogue needs registers."""
+def gemm_config(
+    dtype: torch.dtype, target: str, columns: int = 256, stages: int = 4
+) -> GemmConfig:
+    """Tiles for this dtype and target, at most so many columns (a long epilogue needs registers)
+    and stages."""
     config = _FULL if dtype == torch.float32 else _HALF[target]
-    return replace(config, columns=min(config.columns, columns))
+    return replace(
+        config, columns=min(config.columns, columns), stages=min(config.stages, stages)
+    )
 
 
 def operand(x: Tensor, tile: tuple[int, int], config: GemmConfig) -> Tensor | TensorDescriptor:

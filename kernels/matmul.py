@@ -84,8 +84,10 @@ def humanline_matmul_hidden(
 @triton.jit
 def humanline_matmul_weight(
     total_ptr,
+    dz,
     dz_ptr,
     dz_stride,
+    hidden,
     hidden_ptr,
     hidden_stride,
     count_ptr,
@@ -93,6 +95,7 @@ def humanline_matmul_weight(
     V,
     H,
     group,
+    DESCRIPTORS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
@@ -105,9 +108,17 @@ def humanline_matmul_weight(
     if count == 0:
         return
     dw = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for k in range(0, count, DEPTH):
-        a = load_block(dz_ptr, k, count, row, V, dz_stride, DEPTH, ROWS, False)
-        b = load_block(hidden_ptr, k, count, column, H, hidden_stride, DEPTH, COLUMNS, False)
+    # A descriptor knows nothing of the count: it loads whole tiles of rows. The rest is masked, in
+    # tiles whose addresses leave the sum its registers.
+    REST: tl.constexpr = 16 if DESCRIPTORS else DEPTH
+    whole = 0
+    if DESCRIPTORS:
+        whole = count // DEPTH * DEPTH
+        for k in range(0, whole, DEPTH):
+            dw = tl.dot(dz.load([k, row]).T, hidden.load([k, column]), dw)
+    for k in range(whole, count, REST):
+        a = load_block(dz_ptr, k, count, row, V, dz_stride, REST, ROWS, False)
+        b = load_block(hidden_ptr, k, count, column, H, hidden_stride, REST, COLUMNS, False)
         dw = tl.dot(a.T, b, dw, input_precision="ieee")
     rows, columns = row + tl.arange(0, ROWS), column + tl.arange(0, COLUMNS)
     inside = (rows < V)[:, None] & (columns < H)[None, :]
@@ -183,12 +194,17 @@ def add_weight_gradient_(
     """
     config = gemm_config(dz.dtype, gemm_target(dz), columns=128)
     vocab, width = total.shape
+    a = operand(dz, (config.depth, config.rows), config)
+    b = operand(hidden, (config.depth, config.columns), config)
+    descriptors = a is not dz and b is not hidden
     with torch.cuda.device_of(total):
         tiles = triton.cdiv(vocab, config.rows) * triton.cdiv(width, config.columns)
         humanline_matmul_weight[(tiles,)](
             total,
+            a if descriptors else dz,
             dz,
             dz.stride(0),
+            b if descriptors else hidden,
             hidden,
             hidden.stride(0),
             count,
@@ -196,6 +212,7 @@ def add_weight_gradient_(
             vocab,
             width,
             8,
+            DESCRIPTORS=descriptors,
             **config.launch,
         )
     return total

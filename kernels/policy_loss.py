@@ -116,26 +116,28 @@ def policy_loss(
 ):
     """Loss of a token and its derivative by ``logp``, before the row's weight."""
     if KIND == NLL:
-        return -logp, -1.0
-    c, slope = perceive(logp - anchor, log_eps_P, log_eps_R)
-    ratio = tl.exp(tl.minimum(c, MAX_EXPONENT))
-    ratio_slope = tl.where(c <= MAX_EXPONENT, ratio * slope, 0.0)
-    loss, g = surrogate(
-        logp, ratio, advantage, low, high, delta, temperature_pos, temperature_neg, KIND
-    )
-    g *= slope if KIND == CISPO else ratio_slope
-    if PENALTY != NO_KL:
-        d = logp - ref
-        if PENALTY == K1:
-            loss += beta * d
-            g += beta
-        else:
-            if PENALTY == K3_TIMES_RATIO:
-                kl, kl_slope = k3_times_ratio(d, c, slope)
+        loss, g = -logp, -1.0
+    else:
+        c, slope = perceive(logp - anchor, log_eps_P, log_eps_R)
+        ratio = tl.exp(tl.minimum(c, MAX_EXPONENT))
+        ratio_slope = tl.where(c <= MAX_EXPONENT, ratio * slope, 0.0)
+        loss, g = surrogate(
+            logp, ratio, advantage, low, high, delta, temperature_pos, temperature_neg, KIND
+        )
+        g *= slope if KIND == CISPO else ratio_slope
+        if PENALTY != NO_KL:
+            d = logp - ref
+            if PENALTY == K1:
+                loss += beta * d
+                g += beta
             else:
-                kl, kl_slope = k3(d)
-            loss += beta * kl
-            g += beta * kl_slope
-    # Minimum, maximum and comparisons lose a NaN: a policy that has diverged would not show.
-    known = logp - anchor + advantage
-    return tl.where(known == known, loss, known), tl.where(known == known, g, known)
+                if PENALTY == K3_TIMES_RATIO:
+                    kl, kl_slope = k3_times_ratio(d, c, slope)
+                else:
+                    kl, kl_slope = k3(d)
+                loss += beta * kl
+                g += beta * kl_slope
+        # Minimum, maximum and comparisons lose a NaN: a policy that has diverged would not show.
+        known = logp - anchor + advantage
+        loss, g = tl.where(known == known, loss, known), tl.where(known == known, g, known)
+    return loss, g

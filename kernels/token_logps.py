@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import RowTensor, dense, row_config
+from .launch import READ_AGAIN, READ_ONCE, RowTensor, dense, row_config
 from .rows import (
     IGNORE_INDEX,
     LN2,
@@ -151,7 +151,7 @@ def token_logps_forward(
                 logits.shape[-1],
                 TEMPERATURE_PER_ROW=temperature.dim() > 0,
                 ENTROPY=with_entropy,
-                **row_config(logits.shape[-1], logits.dtype, rows.aligned),
+                **row_config(logits.shape[-1], logits.dtype, rows.aligned, READ_ONCE),
             )
     return logps, entropy, row_max, row_sum
 
@@ -186,6 +186,6 @@ def token_logps_backward(
                 logits.shape[-1],
                 TEMPERATURE_PER_ROW=temperature.dim() > 0,
                 ENTROPY=g_entropy is not None,
-                **row_config(logits.shape[-1], logits.dtype, rows.aligned),
+                **row_config(logits.shape[-1], logits.dtype, rows.aligned, READ_AGAIN),
             )
     return grad

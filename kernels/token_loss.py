@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import RowTensor, dense, row_config
+from .launch import READ_AGAIN, RowTensor, dense, row_config
 from .policy_loss import KINDS, PENALTIES
 from .rows import (
     IGNORE_INDEX,
@@ -205,6 +205,6 @@ def token_loss(
                 PENALTY=PENALTIES[penalty],
                 TEMPERATURE_PER_ROW=temperature.dim() > 0,
                 ENTROPY=entropy is not None,
-                **row_config(logits.shape[-1], logits.dtype, rows.aligned),
+                **row_config(logits.shape[-1], logits.dtype, rows.aligned, READ_AGAIN),
             )
     return loss, g, logps, entropy

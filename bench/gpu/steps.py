@@ -194,6 +194,8 @@ def _op_calls() -> Iterator[tuple[str, str, tuple, dict]]:
     true = torch.ones_like(labels, dtype=torch.bool)
     tokens = true.sum()
     stats = -row, None, row, row, true, tokens, 2, None, "clipped"
+    policy = -row, true, "clipped", row, row, -row
+    yield "clipped", "token_policy", policy, {"log_eps_P": -1.0, "log_eps_R": 1.0, "low": 0.2}
     yield "clipped", "token_stats", stats, {"advantages": row, "anchor": -row, "low": 0.2}
     yield "in place", "scale_", (logits, scalar), {}
     for kind, of_kind in {
@@ -390,19 +392,17 @@ def _losses(b: Batch, backend: str | None = BACKEND) -> Iterator[Tensor]:
 
 
 def configurations(args: argparse.Namespace) -> bool:
-    """Time every number of warps: lines for ROW_WARPS in kernels/launch.py."""
+    """Time every number of warps: for READ_ONCE and READ_AGAIN in kernels/launch.py."""
     from bench.gpu.warps import time_warps
 
-    index = torch.cuda.current_device() if DEVICE == "cuda" else None
     shapes = [1000] if args.reduced else [2048, 8192, 32_000, GPT2, LLAMA, QWEN, 262_144]
     file = "configurations.jsonl"
     known = _known(args, file)
     for vocab, dtype in product(shapes, (torch.bfloat16, torch.float32)):
         shape = {"vocab": vocab, "dtype": str(dtype)[6:]}
         if _about(shape) not in known:
-            times = time_warps(vocab, dtype, index, rows=4 if args.reduced else 4096)
-            best = None if index is None else min(times, key=times.get)
-            _say(args, shape | {"milliseconds": times, "fastest": best}, file)
+            times = time_warps(vocab, dtype, DEVICE, rows=4 if args.reduced else 4096)
+            _say(args, shape | {"milliseconds": times}, file)
     return True
 
 

@@ -44,9 +44,10 @@ from humanline.kernels import (
     sequence_policy,
     token_logps,
     token_loss,
+    token_policy,
     token_stats,
 )
-from humanline.kernels.launch import GemmConfig, gemm_config, row_config
+from humanline.kernels.launch import READ_AGAIN, READ_ONCE, GemmConfig, gemm_config, row_config
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -106,6 +107,7 @@ VARIANTS = {
     ),
     "moved rows": (move_rows.humanline_move_rows, {}),
     "statistics": (token_stats.humanline_token_stats, {"PENALTY": 3}),
+    "coefficients": (token_policy.humanline_token_policy, {"PENALTY": 3}),
     "scale": (scale.humanline_scale, {}),
     "energies": (columns.humanline_column_energies, {}),
     "pairs": (sequence_loss.humanline_sequence_loss, {"KIND": "sigmoid", "PAIRED": True}),
@@ -122,19 +124,10 @@ GEMMS = {
     "head, all": (HEAD, {**EVERYTHING, **GATHERED}),
     "dz": (HEAD_GRADIENT, {}),
     "dz, entropy": (HEAD_GRADIENT, {"ENTROPY": True, "COEFFICIENT": True}),
-    "dz, gathered": (HEAD_GRADIENT, GATHERED),
-    "dz, all": (
-        HEAD_GRADIENT,
-        {**EVERYTHING, **GATHERED, "COEFFICIENT": True},
-    ),
-    "dz, energies": (
-        HEAD_GRADIENT,
-        {"BIAS": True, "COEFFICIENT": True, "INDEX": True, "ENERGIES": True},
-    ),
-    "dz, all, energies": (
-        HEAD_GRADIENT,
-        {**EVERYTHING, "INDEX": True, "COEFFICIENT": True, "ENERGIES": True},
-    ),
+    "dz, counted": (HEAD_GRADIENT, {"COUNT": True}),
+    "dz, all": (HEAD_GRADIENT, {**EVERYTHING, "COUNT": True, "COEFFICIENT": True}),
+    "dz, energies": (HEAD_GRADIENT, {"BIAS": True, "COEFFICIENT": True, "ENERGIES": True}),
+    "dz, all, energies": (HEAD_GRADIENT, {**EVERYTHING, "COEFFICIENT": True, "ENERGIES": True}),
     "dH": (matmul.humanline_matmul_hidden, {"SCALE": True, "INDEX": True}),
     "dW": (matmul.humanline_matmul_weight, {}),
 }
@@ -214,7 +207,8 @@ def compile_variant(name: str, target: str, vocab: int, dtype: str, aligned: boo
     function, constants = VARIANTS[name]
     # Between a head's GEMMs logits are float32, whatever the GEMMs are in, and in rows of ours.
     ours = "z_ptr" in function.arg_names
-    config = row_config(vocab, TORCH_DTYPES["fp32" if ours else dtype], aligned or ours)
+    read = READ_ONCE if function is token_logps.humanline_token_logps else READ_AGAIN
+    config = row_config(vocab, TORCH_DTYPES["fp32" if ours else dtype], aligned or ours, read)
     if "LANES" not in function.arg_names:
         config = dict(sys.modules[function.__module__].LAUNCH)
     warps = config.pop("num_warps")
@@ -235,7 +229,8 @@ def compile_variant(name: str, target: str, vocab: int, dtype: str, aligned: boo
 def _compile_gemm(name: str, target: str, dtype: str, aligned: bool) -> Report:
     function, constants = GEMMS[name]
     row = "gfx" if TARGETS[target].backend == "hip" else target
-    config = gemm_config(TORCH_DTYPES[dtype], row, _columns(function, constants))
+    stages = linear_logps.STAGES if function in (HEAD, HEAD_GRADIENT) else 4
+    config = gemm_config(TORCH_DTYPES[dtype], row, _columns(function, constants), stages)
     tiles = config.launch
     options = {option: tiles.pop(option) for option in ("num_warps", "num_stages")}
     types = {a: _type(a, dtype) for a in function.arg_names}
@@ -244,6 +239,8 @@ def _compile_gemm(name: str, target: str, dtype: str, aligned: bool) -> Report:
     constants = {flag: constants.get(flag, False) for flag in flags}
     for flag in (f for f in flags if f.endswith("_DESCRIPTOR")):
         constants[flag] = types[flag.removesuffix("_DESCRIPTOR").lower()].startswith("tensordesc")
+    if "DESCRIPTORS" in flags:
+        constants["DESCRIPTORS"] = types["dz"].startswith("tensordesc")
     odd = () if aligned else INTEGERS
     return _compile(name, target, function, {**tiles, **constants}, types, odd, False, **options)
 
@@ -264,6 +261,8 @@ def _operands(function, constants: dict, config: GemmConfig, dtype: str, descrip
     gathered = constants.get("INDEX", False)
     if function is matmul.humanline_matmul_hidden:
         tiles = {"dz": (config.rows, config.depth), "weight": (config.depth, config.columns)}
+    elif function is matmul.humanline_matmul_weight:
+        tiles = {"dz": (config.depth, config.rows), "hidden": (config.depth, config.columns)}
     else:
         tiles = {"hidden": (config.rows, config.depth), "weight": (config.columns, config.depth)}
     return {

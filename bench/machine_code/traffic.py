@@ -2,7 +2,7 @@
 
     python -m bench.machine_code.traffic
 
-A row that a kernel reads a second time is still in L2 (see row_config in kernels/launch.py), so
+A row that a kernel reads a second time is still in L2 (see READ_AGAIN in kernels/launch.py), so
 "HBM reads" counts an address once a kernel; "all reads" counts every load. Masked lanes do not.
 """
 

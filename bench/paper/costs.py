@@ -8,7 +8,12 @@ from dataclasses import dataclass
 
 from bench.cases import SEQUENCES, Case
 from humanline.ops import WORKSPACE_BYTES
-from humanline.ops.hidden.blocks import comfortable_rows, stack_sizes, whole_blocks
+from humanline.ops.hidden.blocks import (
+    comfortable_rows,
+    formed_twice,
+    stack_sizes,
+    whole_blocks,
+)
 from humanline.ops.logits.blocks import BLOCK_BYTES
 
 
@@ -337,6 +342,8 @@ def _blocks_of_kernels(t: Tail) -> Blocks:
         return _blocks_of_logps(t)
     whole = whole_blocks(int(t.vocab), t.workspace)
     sizes = stack_sizes(int(t.rows), int(t.vocab), t.case.hidden, t.b, t.trained, t.workspace)
+    if t.trained and formed_twice(int(t.rows), t.case.hidden, t.b, sizes):
+        return _blocks_of_logps(t)
     if t.rows > sizes.stack and t.group > sizes.stack:
         return Blocks(whole.block) if t.group <= whole.block else _blocks_of_logps(t)
     waiting = 0 if sizes.over_logits else sizes.stack
@@ -371,6 +378,7 @@ def ours(t: Tail) -> Cost:
 SMALL_FROM_LOGITS = 13
 SMALL_AT_ONCE = 19
 SMALL_SUMMED, SMALL_A_FLUSH = 16, 6
+SMALL_TWICE, SMALL_A_BLOCK = 23, 12
 
 
 def _ours_from_logits(t: Tail, fused: bool) -> Cost:
@@ -403,6 +411,8 @@ def block_pieces(rows: float, blocks: Blocks, share: float = 1) -> list[float]:
 
 def small_launches(blocks: Blocks, flushes: int) -> int:
     """Of humanline from hidden states."""
+    if blocks.again:
+        return SMALL_TWICE + SMALL_A_BLOCK * flushes
     return SMALL_AT_ONCE if blocks.once else SMALL_SUMMED + SMALL_A_FLUSH * flushes
 
 

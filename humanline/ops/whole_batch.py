@@ -2,8 +2,8 @@
 
 On a GPU a sequence-level objective that exists as a device function takes one small kernel, where
 the seam's torch and autograd on ``[N]`` floats take more than a hundred
-(tests/bench/test_launches.py). One with a ratio a sequence takes two, and so do the statistics of a
-token-level one.
+(tests/bench/test_launches.py). One with a ratio a sequence takes two; a token-level one takes one
+where its log-probs did not find its coefficients on the way, and two for its statistics.
 """
 
 from functools import partial
@@ -30,9 +30,11 @@ def evaluate(problem: Problem, logps: Tensor, entropy: Tensor | None, backend: s
     arguments = problem.objective.sequence_kernel_arguments(**problem.batch)
     if arguments is not None:
         return _evaluate_sequences(problem, arguments, logps)
-    arguments = problem.kernel_arguments() if problem.coupling == "sequence" else None
-    if arguments is not None:
+    arguments = problem.kernel_arguments() if problem.coupling in ("token", "sequence") else None
+    if arguments is not None and problem.coupling == "sequence":
         return _evaluate_ratios(problem, arguments, logps, entropy)
+    if arguments is not None and entropy is None:
+        return _evaluate_tokens(problem, arguments, logps)
     return seam.evaluate(problem, logps, entropy)
 
 
@@ -74,6 +76,14 @@ def _evaluate_ratios(
     )
     coefficients = Coefficients(g, None if entropy is None else g_entropy)
     return _reported(problem, coefficients, report, active_rows)
+
+
+def _evaluate_tokens(problem: Problem, arguments: dict[str, Any], logps: Tensor) -> Evaluation:
+    """By kernels/token_policy.py."""
+    logps = logps.detach()
+    of_loss = {k: x for k, x in arguments.items() if k != "entropy_weight"}
+    loss, g = _token_policy(logps, problem.layout.mask, **of_loss)
+    return token_evaluation(problem, arguments, logps, None, loss, g)
 
 
 def token_evaluation(
@@ -181,6 +191,36 @@ def _(logps, entropy, *_, **__):
     g_entropy = logps.new_empty(0) if entropy is None else torch.empty_like(logps)
     active_rows = logps.new_empty((), dtype=torch.int64)
     return torch.empty_like(logps), g_entropy, logps.new_empty(len(REPORT)), active_rows
+
+
+@torch.library.custom_op("humanline::token_policy", mutates_args=())
+def _token_policy(
+    logps: Tensor,
+    mask: Tensor,
+    kind: str,
+    weight: Tensor,
+    advantages: Tensor | None = None,
+    anchor: Tensor | None = None,
+    ref: Tensor | None = None,
+    penalty: str | None = None,
+    log_eps_P: float = 0.0,
+    log_eps_R: float = 0.0,
+    low: float = 0.0,
+    high: float = 0.0,
+    delta: float | None = None,
+    beta: float = 0.0,
+    temperature_pos: float = 1.0,
+    temperature_neg: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    arguments = dict(locals())
+    from humanline.kernels import token_policy as kernel
+
+    return kernel.token_policy(**arguments)
+
+
+@_token_policy.register_fake
+def _(logps, *_, **__):
+    return torch.empty_like(logps), torch.empty_like(logps)
 
 
 @torch.library.custom_op("humanline::token_stats", mutates_args=())

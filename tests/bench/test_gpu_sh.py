@@ -63,6 +63,8 @@ def test_the_reduced_form_runs_start_to_end(tmp_path):
     results = Results.load(folder / "results.json").results
     assert {r.peer for r in results if r.seconds} == {"bare GEMMs", "eager", "humanline"}
     assert "bfloat16" in (folder / "configurations.jsonl").read_text()
+    profiled = (folder / "profile.jsonl").read_text()
+    assert "grpo-hidden" in profiled and '"passed": false' not in profiled
 
 
 def test_results_of_another_machine_are_not_gone_on_with(tmp_path):
@@ -92,7 +94,7 @@ def test_another_bare_machine_goes_on_from_the_archive_alone(run, tmp_path):
     done, calls = run({}, "--reduced", "--from", archive)
     assert done.returncode == 0 and "gpu correctness --" in calls[0]
     steps = (unpacked(tmp_path / "output") / "done").read_text().splitlines()
-    assert steps[:3] == ["smoke", "environment", "bench-smoke"]
+    assert steps[:4] == ["smoke", "environment", "profile", "bench-smoke"]
 
 
 @pytest.fixture
@@ -179,8 +181,7 @@ def test_the_full_form_takes_the_most_telling_first(run):
         "--objective grpo --entry logits --vocab 32000",
         "gpu correctness --",
         "gpu graphs",
-        "tests/kernels/test_linear_logps.py",
-        "tests/ops/hidden/test_capturable.py",
+        "tests/kernels tests/ops",
         "--suite gpu-tokens",
         "gpu correctness_rest",
         "bench.paper.model",

@@ -35,7 +35,7 @@ JITFunction.run = lambda self, *a, grid, warmup, **k: launch(self, *a, grid=grid
 
 from humanline.kernels import (
     columns, head_rows, linear_logps, matmul, move_rows, scale, sequence_loss, sequence_policy,
-    token_logps, token_loss, token_stats
+    token_logps, token_loss, token_policy, token_stats
 )
 from humanline.kernels.token_epilogue import TokenLoss
 
@@ -46,6 +46,7 @@ ROWS = (
     scale.humanline_scale,
     sequence_loss.humanline_sequence_loss,
     sequence_policy.humanline_sequence_policy,
+    token_policy.humanline_token_policy,
     head_rows.humanline_head_softmax,
     head_rows.humanline_head_gradient,
     move_rows.humanline_move_rows,
@@ -93,6 +94,7 @@ def run_rows(batch, length, x, vocab, shifted=False, dtype=torch.float32):
     sequence_policy.sequence_policy(
         logps, None, mask, tokens, 2 * batch, None, weight=some, beta=x, **loss
     )
+    token_policy.token_policy(logps, mask, weight=row, beta=x, **loss)
     scale.scale_(grad, torch.tensor(x))
     sequence_loss.sequence_loss(
         logps,
@@ -130,14 +132,14 @@ def run_gemms(n, x, dtype=torch.float32):
         "temperature": torch.tensor(x),
         "logit_scale": x,
         "logit_softcap": 10 * x,
-        "index": torch.arange(n),
         "count": count,
     }
-    result = linear_logps.linear_logps_forward(hidden, weight, labels, **options)
+    index = torch.arange(n)
+    result = linear_logps.linear_logps_forward(hidden, weight, labels, index=index, **options)
     dz = linear_logps.linear_logits_gradient(
         hidden, weight, labels, *result, of_logp=row, **options
     )
-    matmul.hidden_gradient_(hidden, dz, weight, count, scale=row, index=options["index"])
+    matmul.hidden_gradient_(hidden, dz, weight, count, scale=row, index=index)
     matmul.add_weight_gradient_(torch.zeros(320, 64), dz, hidden, count, factor=torch.tensor(x))
     return compiled(GEMMS)
 
@@ -172,7 +174,7 @@ def compilations(what, vocab=0):
 
 @pytest.mark.parametrize("vocab", [4096, 50257])
 def test_lengths_and_hyperparameters_compile_nothing(vocab):
-    assert compilations("rows", vocab) == [[1] * 12] * 7
+    assert compilations("rows", vocab) == [[1] * 13] * 7
 
 
 def test_numbers_of_rows_and_head_options_compile_nothing():
@@ -182,4 +184,4 @@ def test_numbers_of_rows_and_head_options_compile_nothing():
 def test_row_values_in_float64_compile():
     """Such as log-probs of a reference computed elsewhere; the interpreter hides what the compiler
     makes of two dtypes in one sum."""
-    assert compilations("float64", 4096) == [[1] * 12, [1] * 5]
+    assert compilations("float64", 4096) == [[1] * 13, [1] * 5]

@@ -36,6 +36,12 @@ def ours(hidden, weight, labels, g, g_entropy, *, dtype=torch.float32, **options
     logps, entropy, m, s = linear_logps_forward(
         hidden, weight, labels, with_entropy=True, **options
     )
+    index = options.pop("index", None)
+    if index is not None:  # the gradient takes rows side by side
+        index = index.clamp(max=len(hidden) - 1)
+        hidden, labels = hidden[index], labels[index]
+        if options["temperature"].dim():
+            options["temperature"] = options["temperature"][index]
     dz = linear_logits_gradient(
         hidden,
         weight,

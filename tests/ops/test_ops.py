@@ -11,7 +11,12 @@ import humanline.ops.logits.token_logps
 from humanline.ops.backend import interpreting
 from humanline.ops.logits.objective import _scale_, _token_loss
 from humanline.ops.logits.token_logps import _token_logps, _token_logps_backward
-from humanline.ops.whole_batch import _sequence_loss, _sequence_policy, _token_stats
+from humanline.ops.whole_batch import (
+    _sequence_loss,
+    _sequence_policy,
+    _token_policy,
+    _token_stats,
+)
 
 V, H = 13, 6
 
@@ -281,6 +286,14 @@ def test_opcheck_of_the_ratios_of_sequences(with_entropy, packed):
     assert_passes_opcheck(
         _sequence_policy, (*arguments, *weights), options, test_utils=INSIDE_AUTOGRAD
     )
+
+
+@BY_KERNELS
+def test_opcheck_of_the_coefficients_of_tokens():
+    row = torch.randn(12)
+    arguments = row, row > -1, "clipped", torch.rand(12), row, row.double() + 0.1
+    options = {"penalty": "k3", "ref": row, "beta": 0.1, "low": 0.2, "high": 0.2}
+    assert_passes_opcheck(_token_policy, arguments, options, test_utils=INSIDE_AUTOGRAD)
 
 
 @BY_KERNELS

@@ -25,6 +25,10 @@ from humanline.ops.temperature import divide_by_temperature
 CPU_BLOCK_ROWS = 512
 TILE_ROWS = 128  # of a GPU's GEMMs
 MIN_ROWS = 256  # to multiply a weight by while it is read, on an H100
+# The widest head whose logits are cheaper formed twice than written, on a GPU: a product more is 2H
+# FLOPs a logit, the bytes it spares are 12 (written and read twice in float32, less what the GEMM
+# that forms them again writes). An H100 multiplies 230 FLOPs in the time that it moves a byte.
+NARROW = 1280
 
 #: Looks at a block: the indices ``[n]`` of its rows and their logits ``[n, V]``, which it may read
 #: but neither keep nor change.
@@ -203,6 +207,12 @@ def stack_sizes(
         if block and (shared is None or kept > shared.stack or kept == rows):
             return StackSizes(block, kept)
     return shared or whole
+
+
+def formed_twice(rows: int, width: int, itemsize: int, sizes: StackSizes) -> bool:
+    """Whether a head that trains had better form its logits again than stack their gradient: where
+    these have to be summed for either, in half precision, and the head is narrow."""
+    return rows > sizes.stack and itemsize < torch.float32.itemsize and width <= NARROW
 
 
 def whole_blocks(length: int, workspace_bytes: int) -> StackSizes:

@@ -56,21 +56,21 @@ class RecomputedBlock:
     """Some rows, and the gradient of their logits; see :mod:`humanline.ops.hidden.blocks`.
 
     Attributes:
+        hidden: of these rows, side by side: the kernels load them by TMA.
         count: int32 on the device: so many rows of ``index`` matter, the first ones; None for all.
     """
 
     def __init__(self, memory, hidden, weight, labels, head: Head, index, count, results):
         self.index, self.count = index, count
-        self._memory, self._inputs, self._head = memory, (hidden, weight, labels), head
+        self.hidden, self._labels = hidden[index], labels[index]
+        self._memory, self._weight, self._options = memory, weight, _options(head)
+        if head.temperature.dim():
+            self._options["temperature"] = head.temperature[index]
         self._results = [None if x is None else x[index] for x in results]
 
     @staticmethod
     def bytes_per_row(weight: Tensor, head: Head, with_entropy: bool) -> int:
         return padded_length(weight) * weight.element_size()
-
-    @property
-    def hidden(self) -> Tensor:
-        return self._inputs[0][self.index]
 
     def gradient(
         self,
@@ -82,12 +82,13 @@ class RecomputedBlock:
         from humanline.kernels.linear_logps import linear_logits_gradient
 
         return linear_logits_gradient(
-            *self._inputs,
+            self.hidden,
+            self._weight,
+            self._labels,
             *self._results,
-            **_options(self._head),
+            **self._options,
             of_logp=of_logp,
             of_entropy=of_entropy,
-            index=self.index,
             count=self.count,
             out=self._memory,
             weights=weights,

@@ -22,6 +22,7 @@ from humanline import autograd
 from humanline.ops.hidden.blocks import (
     StackSizes,
     TritonBlock,
+    formed_twice,
     padded_length,
     stack_sizes,
     whole_blocks,
@@ -77,8 +78,8 @@ class Plan:
 
 
 def plan(problem: Problem, weight: Tensor, trains: bool, workspace_bytes: int) -> Plan | None:
-    """How the rows of a problem are stacked; None where another way has to be found: they depend
-    on one another and do not fit, or coefficients are needed too early."""
+    """How the rows of a problem are stacked; None where another way has to be found, as they depend
+    on one another and do not fit, or coefficients are needed too early; or is faster."""
     arguments = problem.kernel_arguments() if problem.coupling == "token" else None
     if problem.objective.needs_entropy and arguments is None:
         return None
@@ -87,6 +88,9 @@ def plan(problem: Problem, weight: Tensor, trains: bool, workspace_bytes: int) -
     length = padded_length(weight)
     sizes = stack_sizes(n, length, weight.shape[1], weight.element_size(), trains, workspace_bytes)
     if n > sizes.stack and problem.coupling == "batch":
+        return None
+    without_entropy = not problem.objective.needs_entropy
+    if trains and without_entropy and formed_twice(n, weight.shape[1], weight.element_size(), sizes):
         return None
     if n > sizes.stack and lengths is not None:
         rows, hangs_together = groups(problem, rows, lengths)

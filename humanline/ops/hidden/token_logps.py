@@ -305,6 +305,7 @@ def _recompute(ctx, coefficients: Coefficients) -> tuple[Tensor | None, ...]:
         sums.add(dz, scale, block.hidden, block.count, keep)
         if need_hidden:
             write_hidden_gradient_(dh, dz, weight, labels, scale, block.index, block.count, keep)
+    block = dz = None  # the workspace goes before the sum is rounded into memory of its own
     return (
         dh,
         sums.weight.to(weight.dtype) if need_weight else None,
