@@ -263,6 +263,13 @@ SUITES = {
         logit_std=_STDS,
         **_CPU | {"tokens": [512], "dtype": ["bfloat16"]},
     ),
+    # the most telling first, as a GPU may be lent for minutes
+    "gpu-headline": _unique(
+        _product(entry=["hidden", "logits"], **_GPU),
+        _product(entry=["hidden"], **_GPU | {"hidden": [1024]}),
+        _product(objective=["dpo", "sft"], entry=["hidden"], **_GPU),
+        _product(entry=["logits"], **_GPU | {"vocab": [32_000]}),
+    ),
     # the head of a 7B model with Qwen's vocabulary on a GPU
     "gpu": _unique(
         _product(entry=["logits", "hidden"], active=[1.0, 0.5], **_GPU),

@@ -13,8 +13,9 @@
 #   smoke                     a minute: import, every kernel once against float64, products from half
 #                             precision to float32, a CUDA graph
 #   profile                   a call's kernels by time, and what is left between them
-#   bench-…-151936, …-32000   the floor and four peers at N = 8,192, bfloat16: GRPO from logits at
-#                             two vocabularies, GRPO and DPO from hidden states of width 4,096
+#   bench-headline            the floor and the main peers at N = 8,192, bfloat16: GRPO from hidden
+#                             states of width 4,096 and 1,024 and from logits at two vocabularies,
+#                             DPO and SFT from hidden states
 #   correctness               ours and eager's errors against float64, at real sizes; N·V > 2³¹
 #   graphs, opcheck           capture and replay in a CUDA graph; torch.library.opcheck of every op
 #   ncu, dram                 bytes a logit the row kernels move, counted by the GPU
@@ -144,17 +145,8 @@ steps() {
     if [ -n "$reduced" ]; then
         bench smoke 1 --suite smoke --peers 'bare GEMMs' eager humanline
     else
-        local case=(--tokens 8192 --hidden 4096 --dtype bfloat16) # of the suite "gpu" too, but 32,000
-        local of_logits=('bare copy' eager 'Liger grpo_loss' quack humanline)
-        local of_hidden=('bare GEMMs' eager 'Liger chunked' cut-cross-entropy humanline)
-        bench grpo-logits-151936 5 --objective grpo --entry logits --vocab 151936 "${case[@]}" \
-            --peers "${of_logits[@]}"
-        bench grpo-hidden-151936 5 --objective grpo --entry hidden --vocab 151936 "${case[@]}" \
-            --peers "${of_hidden[@]}"
-        bench dpo-hidden-151936 5 --objective dpo --entry hidden --vocab 151936 "${case[@]}" \
-            --peers "${of_hidden[@]}"
-        bench grpo-logits-32000 5 --objective grpo --entry logits --vocab 32000 "${case[@]}" \
-            --peers "${of_logits[@]}"
+        bench headline 5 --suite gpu-headline --peers 'bare copy' 'bare GEMMs' eager \
+            'Liger chunked' 'Liger grpo_loss' 'Liger fused linear CE' cut-cross-entropy quack humanline
     fi
     gpu correctness correctness
     gpu graphs graphs

@@ -169,16 +169,10 @@ def test_the_full_form_takes_the_most_telling_first(run):
     done, calls = run({}, "--minutes", "9")  # the stand-in finds a GPU
     assert done.returncode == 0, done.stderr
     assert "gpu smoke" in calls[0]
-    headline = [c for c in calls if "--objective" in c]
-    assert len(headline) == 4
-    floor_and_four_peers = headline[1].split("--peers ")[1]
-    assert floor_and_four_peers == "bare GEMMs eager Liger chunked cut-cross-entropy humanline"
     order = [
         "gpu smoke",
-        "--objective grpo --entry logits --vocab 151936",
-        "--objective grpo --entry hidden --vocab 151936",
-        "--objective dpo --entry hidden --vocab 151936",
-        "--objective grpo --entry logits --vocab 32000",
+        "gpu where_the_time_goes",
+        "--suite gpu-headline",
         "gpu correctness --",
         "gpu graphs",
         "tests/kernels tests/ops",
