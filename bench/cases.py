@@ -239,6 +239,14 @@ _LENGTHS = [2**k for k in range(11, 21)]
 _ACTIVE = [1.0, 0.75, 0.5, 0.25, 0.0]
 _STDS = [0.5, 1.0, 2.0, 4.0, 8.0]
 
+# The most telling first, as a GPU may be lent for minutes.
+_HEADLINE = _unique(
+    _product(entry=["hidden", "logits"], **_GPU),
+    _product(entry=["hidden"], **_GPU | {"hidden": [1024]}),
+    _product(objective=["dpo", "sft"], entry=["hidden"], **_GPU),
+    _product(entry=["logits"], **_GPU | {"vocab": [32_000]}),
+)
+
 SUITES = {
     # one case: does it start?
     "smoke": [Case("grpo", "hidden", active=0.5, **{k: v for k, [v] in _QUICK.items()})],
@@ -263,15 +271,10 @@ SUITES = {
         logit_std=_STDS,
         **_CPU | {"tokens": [512], "dtype": ["bfloat16"]},
     ),
-    # the most telling first, as a GPU may be lent for minutes
-    "gpu-headline": _unique(
-        _product(entry=["hidden", "logits"], **_GPU),
-        _product(entry=["hidden"], **_GPU | {"hidden": [1024]}),
-        _product(objective=["dpo", "sft"], entry=["hidden"], **_GPU),
-        _product(entry=["logits"], **_GPU | {"vocab": [32_000]}),
-    ),
+    "gpu-headline": _HEADLINE,
     # the head of a 7B model with Qwen's vocabulary on a GPU
     "gpu": _unique(
+        _HEADLINE,
         _product(entry=["logits", "hidden"], active=[1.0, 0.5], **_GPU),
         _product(objective=["dpo", "kto", "sft"], entry=["logits", "hidden"], **_GPU),
         _product(objective=["grpo", "dpo"], frozen_head=[True], **_GPU),

@@ -455,6 +455,9 @@ def _peak(t: Tail, blocks: Blocks, share: float, fused: bool) -> float:
     summed = t.weight * 4 * (t.half and t.trained)
     if blocks.waiting:
         return max(t.hidden * t.b + summed + logits + waiting, t.gradients + summed)
+    if fused:  # the workspace goes before the sum is rounded
+        of_blocks = t.vocab * _bytes_a_column(t, blocks, share)
+        return max(t.hidden * t.b + summed + of_blocks, t.gradients + summed)
     return max(t.gradients + summed + t.vocab * _bytes_a_column(t, blocks, share), logits)
 
 

@@ -37,6 +37,15 @@ def test_from_hidden_states(name, masked):
     assert 2 * 11 < work.triton <= 2 * 11 + 2
 
 
+@pytest.mark.parametrize("name", ["GRPO", "DPO", "SFT"])
+def test_a_narrow_head_forms_its_logits_twice(name):
+    """Five blocks of at most 1,664 rows."""
+    work = count(name, "hidden", width=1_024)
+    assert work.names["humanline_linear_logps"] == 1
+    assert work.names["humanline_linear_gradient"] == 5 and work.gemms == 2 * 5
+    assert work.beside_gemms <= 90 and work.reads <= 3
+
+
 @pytest.mark.parametrize("name", TOKEN_LEVEL + SEQUENCE_LEVEL)
 def test_with_a_frozen_head(name):
     work = count(name, "hidden, frozen head")

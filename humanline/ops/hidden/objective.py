@@ -11,7 +11,8 @@ while the logits are still there.
 | | else | 1F + 3F·active | log-probs, which recompute the active rows in the backward |
 
 Rows depend on no other (token-level), on those of their sequence, of their pair, or of the batch
-(``coupling``); to be stacked, those that do must fit the stack. One F·active less where the head or
+(``coupling``); to be stacked, those that do must fit the stack, and of a narrow head all must, for
+there the last line is faster (blocks.formed_twice). One F·active less where the head or
 the body is frozen. ``capturable``, which must not know the number of active rows, always takes the
 last line.
 
