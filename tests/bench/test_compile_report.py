@@ -95,7 +95,8 @@ def test_no_kernel_spills_on_sm_80_but_a_label():
     assert {r["load_bytes"] for r in reports} == {16}
 
 
-ON_SEQUENCES = ("pairs", "sequences", "ratios", "statistics")  # which walk N floats, not rows of V
+# What walks N floats, not rows of V.
+ON_SEQUENCES = ("pairs", "sequences", "ratios", "statistics", "coefficients")
 
 
 def test_aligned_rows_are_loaded_16_bytes_at_a_time(reports):
