@@ -152,15 +152,11 @@ def gemm_target(x: Tensor) -> str:
     return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
 
 
-def gemm_config(
-    dtype: torch.dtype, target: str, columns: int = 256, stages: int = 4
-) -> GemmConfig:
+def gemm_config(dtype: torch.dtype, target: str, columns: int = 256, stages: int = 4) -> GemmConfig:
     """Tiles for this dtype and target, at most so many columns (a long epilogue needs registers)
     and stages."""
     config = _FULL if dtype == torch.float32 else _HALF[target]
-    return replace(
-        config, columns=min(config.columns, columns), stages=min(config.stages, stages)
-    )
+    return replace(config, columns=min(config.columns, columns), stages=min(config.stages, stages))
 
 
 def operand(x: Tensor, tile: tuple[int, int], config: GemmConfig) -> Tensor | TensorDescriptor:

@@ -90,7 +90,11 @@ def plan(problem: Problem, weight: Tensor, trains: bool, workspace_bytes: int) -
     if n > sizes.stack and problem.coupling == "batch":
         return None
     without_entropy = not problem.objective.needs_entropy
-    if trains and without_entropy and formed_twice(n, weight.shape[1], weight.element_size(), sizes):
+    if (
+        trains
+        and without_entropy
+        and formed_twice(n, weight.shape[1], weight.element_size(), sizes)
+    ):
         return None
     if n > sizes.stack and lengths is not None:
         rows, hangs_together = groups(problem, rows, lengths)
