@@ -290,7 +290,8 @@ def scaled_logits(
 ):
     """From a head's product ``z``: logits, what they are to be multiplied by, their slope.
 
-    The same numbers as in row_statistics, bit for bit.
+    The same numbers as in row_statistics, but where a compiler fuses the last product into what is
+    subtracted from it: half a unit in the last place of a logit.
     """
     scale = inverse_temperature * LOG2E
     slope = logit_scale

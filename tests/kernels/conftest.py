@@ -1,3 +1,5 @@
+import os
+
 import pytest
 import torch
 
@@ -7,6 +9,15 @@ pytest.importorskip("triton")
 @pytest.fixture
 def device():
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def on_the_device(request):
+    """A test that does not ask for the device has its tensors on the CPU: only the interpreter
+    takes these."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if torch.cuda.is_available() and not interpreted and "device" not in request.fixturenames:
+        pytest.skip("needs Triton's interpreter: its tensors are on the CPU")
 
 
 @pytest.fixture
