@@ -36,7 +36,8 @@ def gpu() -> str:
 
 
 def predicted() -> str:
-    return f"{model.floors()}\n\n{model.bandwidths()}"
+    left_out = "With a `gradient_tolerance` that keeps a share of the columns:"
+    return f"{model.floors()}\n\n{left_out}\n\n{model.columns()}\n\n{model.bandwidths()}"
 
 
 def scale() -> str:

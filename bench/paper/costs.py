@@ -128,11 +128,16 @@ class Tail:
         moved = self.logits * share * a_logit + self.weight * a_weight * times
         return Kernel(2 * self.logits * self.case.hidden * share, moved, wide)
 
-    def products(self, rows: Iterable[float], a_logit: float, a_weight: float) -> list[Kernel]:
+    def products(
+        self, rows: Iterable[float], a_logit: float, a_weight: float, kept: float = 1
+    ) -> list[Kernel]:
         """GEMMs of so many rows each, which move so many bytes for each logit and element of the
-        head."""
+        head; over a share of the vocabulary."""
         return [
-            Kernel(2 * n * self.weight, n * self.vocab * a_logit + self.weight * a_weight)
+            Kernel(
+                2 * n * self.weight * kept,
+                (n * self.vocab * a_logit + self.weight * a_weight) * kept,
+            )
             for n in rows
         ]
 
@@ -416,19 +421,40 @@ def small_launches(blocks: Blocks, flushes: int) -> int:
     return SMALL_AT_ONCE if blocks.once else SMALL_SUMMED + SMALL_A_FLUSH * flushes
 
 
-def _ours_from_hidden(t: Tail, blocks: Blocks, share: float) -> Cost:
+def with_columns_left_out(t: Tail, kept: float) -> Cost:
+    """humanline's from hidden states with a ``gradient_tolerance``, which keeps a share of the
+    vocabulary in the products of the backward."""
+    return _ours_from_hidden(t, _blocks(t), t.case.active, kept)
+
+
+def _left_out(t: Tail, products: int, kept: float, fused: bool) -> list[Kernel]:
+    """What ops/hidden/columns.py adds: passes for the energies, for what each row leaves out and
+    the fit to it, for columns gathered; and of the weight, for each time that it is multiplied."""
+    energies = 0 if fused else t.b
+    a_weight = [t.widened + 4, 2 * t.b * kept]
+    if t.trained:
+        a_weight.append(t.b if products == 1 else 8)
+    return [
+        *t.moved(energies, t.widened + 8, 2 * t.b * kept * (1 + t.trained)),
+        *t.copies_of_weight(*a_weight) * products,
+    ]
+
+
+def _ours_from_hidden(t: Tail, blocks: Blocks, share: float, kept: float = 1) -> Cost:
     """The sum over rows for the weight is float32, read and written for all that wait, and rounded
     at the end.
 
     Args:
         share: of the rows whose gradient is multiplied.
+        kept: of the vocabulary.
     """
     fused = blocks.again and not t.is_cpu  # into the GEMMs, which write no logits
     in_blocks = block_pieces(t.rows, blocks, share)
     multiplied = pieces(t.rows * share, blocks.waiting or blocks.rows)
-    of_hidden = t.products(multiplied, t.b, t.b)
-    of_weight = t.products(multiplied[:1], t.b, t.b if blocks.once else 4)
-    of_weight += t.products(multiplied[1:], t.b, 8)
+    again = t.products(multiplied, t.b, t.b) * blocks.again
+    of_hidden = t.products(multiplied, t.b, t.b, kept)
+    of_weight = t.products(multiplied[:1], t.b, t.b if blocks.once else 4, kept)
+    of_weight += t.products(multiplied[1:], t.b, 8, kept)
     forward = t.products([t.rows], 0, t.b) if fused else t.products(in_blocks, 4, t.b)
     passes = []
     if not fused:
@@ -436,8 +462,10 @@ def _ours_from_hidden(t: Tail, blocks: Blocks, share: float) -> Cost:
         passes += [t.row_kernel("block, dz", 4 * share, t.b * share, n) for n in in_blocks]
     if t.half and t.trained and not blocks.once:
         passes += t.copies_of_weight(4 + t.b)
+    if kept < 1:
+        passes += _left_out(t, len(multiplied), kept, fused)
     return Cost(
-        forward + of_hidden * (1 + blocks.again) + of_weight * t.trained,
+        forward + again + of_hidden + of_weight * t.trained,
         passes,
         _peak(t, blocks, share, fused),
         small_launches(blocks, len(multiplied)),

@@ -6,7 +6,7 @@ import pytest
 
 from bench.cases import Case
 from bench.measure import Result
-from bench.paper.costs import COSTS, Tail
+from bench.paper.costs import COSTS, Tail, with_columns_left_out
 from bench.paper.model import H100, Device, Layout, calibrated, check, predict
 from bench.peers import PEERS
 from bench.run import Results, committed
@@ -108,3 +108,17 @@ def test_float32_products_pay_their_own_rate():
         if who != "bare copy":
             pays = predict(CASE, slower, who).seconds > predict(CASE, H100, who).seconds
             assert pays == (who == "Liger chunked"), who
+
+
+def test_columns_left_out_spare_their_share_of_two_products():
+    """1F + 2·ρ·F of FLOPs (1F + ρ·F with a frozen head) and, what leaving them out costs, bytes."""
+    for frozen in (False, True):
+        case = replace(CASE, objective="grpo", frozen_head=frozen)
+        t = Tail(case, case.tokens, case.vocab, is_cpu=False)
+        exact, most, few = (with_columns_left_out(t, kept) for kept in (1.0, 0.99, 0.25))
+        one = 2 * case.tokens * case.hidden * case.vocab
+        flops = sum(kernel.flops for kernel in few.gemms)
+        assert flops == pytest.approx(one * (1 + (1 + (not frozen)) * 0.25))
+        moved = [sum(k.bytes for k in cost.passes) for cost in (exact, most)]
+        assert moved[1] > moved[0] + 4 * t.b * t.logits  # energies, masses, fit, gathered
+        assert exact == COSTS["humanline"](t)
