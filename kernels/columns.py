@@ -1,4 +1,5 @@
-"""The energy of each column of the logits' gradient: what it would lack without that column.
+"""The energy of each column of the logits' gradient: what it would lack without that column; and
+sums of columns, that put back what is left out.
 
 Where the gradient is formed by a GEMM's epilogue (linear_logps.py) energies come along. Where a
 program walks a row of logits they cannot, short of a float a logit or atomics: this kernel reads
@@ -23,13 +24,14 @@ LAUNCH = {"PART": 128, "ROWS": 16, "COLUMNS": 512, "num_warps": 8}
 
 
 @triton.jit(do_not_specialize=["n"])
-def humanline_column_energies(
+def humanline_column_sums(
     lines_ptr,
-    dz_ptr,
-    dz_stride,
+    x_ptr,
+    x_stride,
     weights_ptr,
     n,
     V,
+    SQUARED: tl.constexpr,
     PART: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -38,15 +40,15 @@ def humanline_column_energies(
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     there = columns < V
     # One sum a thread and column, added up at the end: no thread waits for another in the loop.
-    energy = tl.zeros([ROWS, COLUMNS], tl.float32)
+    sums = tl.zeros([ROWS, COLUMNS], tl.float32)
     for start in range(0, PART, ROWS):
         rows = line * PART + start + tl.arange(0, ROWS)
         inside = (rows < n)[:, None] & there[None, :]
-        dz = tl.load(dz_ptr + rows[:, None] * dz_stride + columns[None, :], inside, other=0.0)
+        x = tl.load(x_ptr + rows[:, None] * x_stride + columns[None, :], inside, other=0.0)
+        x = x.to(tl.float32)
         weight = tl.load(weights_ptr + rows, rows < n, other=0.0)
-        dz = dz.to(tl.float32)
-        energy += dz * dz * weight[:, None]
-    tl.store(lines_ptr + line * V + columns, tl.sum(energy, 0), there)
+        sums += x * (x if SQUARED else 1.0) * weight[:, None]
+    tl.store(lines_ptr + line * V + columns, tl.sum(sums, 0), there)
 
 
 @triton.jit
@@ -63,17 +65,20 @@ def column_energies(dz: Tensor, weights: Tensor) -> Tensor:
         dz: ``[n, V]``, any floating dtype, rows contiguous.
         weights: float32 ``[n]``.
     """
-    n, vocab = dz.shape
-    lines = dz.new_empty(triton.cdiv(n, LAUNCH["PART"]), vocab, dtype=torch.float32)
+    return _column_sums(dz, weights, squared=True)
+
+
+def weighted_sum(x: Tensor, weights: Tensor) -> Tensor:
+    """``Σ_t weights[t] · x[t, v]``, float32 ``[V]``; arguments as of :func:`column_energies`."""
+    return _column_sums(x, weights, squared=False)
+
+
+def _column_sums(x: Tensor, weights: Tensor, squared: bool) -> Tensor:
+    n, width = x.shape
+    lines = x.new_empty(triton.cdiv(n, LAUNCH["PART"]), width, dtype=torch.float32)
     if n:
-        with torch.cuda.device_of(dz):
-            humanline_column_energies[(triton.cdiv(vocab, LAUNCH["COLUMNS"]), len(lines))](
-                lines,
-                dz,
-                dz.stride(0),
-                dense(weights),
-                n,
-                vocab,
-                **LAUNCH,
+        with torch.cuda.device_of(x):
+            humanline_column_sums[(triton.cdiv(width, LAUNCH["COLUMNS"]), len(lines))](
+                lines, x, x.stride(0), dense(weights), n, width, SQUARED=squared, **LAUNCH
             )
     return lines.sum(0)

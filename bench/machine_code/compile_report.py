@@ -37,6 +37,7 @@ from humanline.kernels import (
     columns,
     head_rows,
     linear_logps,
+    masses,
     matmul,
     move_rows,
     scale,
@@ -71,7 +72,7 @@ INTEGERS = {
         "stride",
     ),
     *("row_stride", "rows_per_batch", "batch_stride_rows"),
-    *("hidden_stride", "weight_stride", "dz_stride", "out_stride"),
+    *("hidden_stride", "weight_stride", "dz_stride", "out_stride", "x_stride"),
 }
 LOSS = token_loss.humanline_token_loss
 HEAD, HEAD_GRADIENT = linear_logps.humanline_linear_logps, linear_logps.humanline_linear_gradient
@@ -109,7 +110,8 @@ VARIANTS = {
     "statistics": (token_stats.humanline_token_stats, {"PENALTY": 3}),
     "coefficients": (token_policy.humanline_token_policy, {"PENALTY": 3}),
     "scale": (scale.humanline_scale, {}),
-    "energies": (columns.humanline_column_energies, {}),
+    "energies": (columns.humanline_column_sums, {"SQUARED": True}),
+    "masses": (masses.humanline_masses, {}),
     "pairs": (sequence_loss.humanline_sequence_loss, {"KIND": "sigmoid", "PAIRED": True}),
     "sequences": (sequence_loss.humanline_sequence_loss, {"KIND": "kto", "PAIRED": False}),
     "ratios": (sequence_policy.humanline_sequence_policy, {"KIND": 2, "PENALTY": 3}),

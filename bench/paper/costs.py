@@ -431,11 +431,13 @@ def _left_out(t: Tail, products: int, kept: float, fused: bool) -> list[Kernel]:
     """What ops/hidden/columns.py adds: passes for the energies, for what each row leaves out and
     the fit to it, for columns gathered; and of the weight, for each time that it is multiplied."""
     energies = 0 if fused else t.b
-    a_weight = [t.widened + 4, 2 * t.b * kept]
+    # A CPU sums what it widens some rows at a time, a GPU's kernels read it as it is.
+    a_weight = [t.widened + 4 if t.is_cpu else t.b, 2 * t.b * kept]
     if t.trained:
         a_weight.append(t.b if products == 1 else 8)
     return [
-        *t.moved(energies, t.widened + 8, 2 * t.b * kept * (1 + t.trained)),
+        *t.moved(energies, t.widened + 8 if t.is_cpu else 2 * t.b),
+        *t.moved(2 * t.b * kept * (1 + t.trained)),
         *t.copies_of_weight(*a_weight) * products,
     ]
 

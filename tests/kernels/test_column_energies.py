@@ -19,7 +19,8 @@ from columns_cases import (
 )
 
 from humanline.kernels import linear_logps
-from humanline.kernels.columns import column_energies
+from humanline.kernels.columns import column_energies, weighted_sum
+from humanline.kernels.masses import masses
 
 SMALL = {"n": 32, "vocab": 400}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -38,6 +39,21 @@ def test_energies_of_what_was_written(n, vocab, dtype, device):
     assert actual.dtype == torch.float32
     torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=0)
     assert torch.equal(column_energies(dz, weights), actual)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("n, vocab", [(0, 64), (1, 7), (131, 513), (3, 9000)])
+def test_sums_of_rows_and_columns(n, vocab, dtype, device):
+    """Of either sign: their error is relative to the sum of their sizes."""
+    dz = torch.randn(n, vocab + 5, device=device).to(dtype)[:, :vocab]
+    weights, columns = torch.randn(n, device=device), torch.randn(vocab, device=device)
+    exact, of_rows, of_columns = dz.double(), weights.double(), columns.double()
+    found = ((masses(dz, columns), exact @ of_columns, exact.abs() @ of_columns.abs()),)
+    found += ((weighted_sum(dz, weights), of_rows @ exact, of_rows.abs() @ exact.abs()),)
+    for actual, expected, sizes in found:
+        assert actual.dtype == torch.float32 and actual.shape == expected.shape
+        assert ((actual.double() - expected).abs() <= 1e-6 * sizes).all()
+    assert torch.equal(masses(dz, columns), found[0][0])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

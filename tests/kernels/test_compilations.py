@@ -34,8 +34,8 @@ launch = JITFunction.run
 JITFunction.run = lambda self, *a, grid, warmup, **k: launch(self, *a, grid=grid, warmup=True, **k)
 
 from humanline.kernels import (
-    columns, head_rows, linear_logps, matmul, move_rows, scale, sequence_loss, sequence_policy,
-    token_logps, token_loss, token_policy, token_stats
+    columns, head_rows, linear_logps, masses, matmul, move_rows, scale, sequence_loss,
+    sequence_policy, token_logps, token_loss, token_policy, token_stats
 )
 from humanline.kernels.token_epilogue import TokenLoss
 
@@ -52,7 +52,8 @@ ROWS = (
     move_rows.humanline_move_rows,
     token_stats.humanline_token_stats,
     token_stats.humanline_token_stats_total,
-    columns.humanline_column_energies,
+    columns.humanline_column_sums,
+    masses.humanline_masses,
 )
 GEMMS = (
     linear_logps.humanline_linear_logps,
@@ -121,6 +122,7 @@ def run_rows(batch, length, x, vocab, shifted=False, dtype=torch.float32):
     )
     move_rows.move_rows_(z, torch.arange(len(z)))
     columns.column_energies(z, z[:, 0])
+    masses.masses(z, z[0])
     return compiled(ROWS)
 
 
@@ -174,7 +176,7 @@ def compilations(what, vocab=0):
 
 @pytest.mark.parametrize("vocab", [4096, 50257])
 def test_lengths_and_hyperparameters_compile_nothing(vocab):
-    assert compilations("rows", vocab) == [[1] * 13] * 7
+    assert compilations("rows", vocab) == [[1] * 14] * 7
 
 
 def test_numbers_of_rows_and_head_options_compile_nothing():
@@ -184,4 +186,4 @@ def test_numbers_of_rows_and_head_options_compile_nothing():
 def test_row_values_in_float64_compile():
     """Such as log-probs of a reference computed elsewhere; the interpreter hides what the compiler
     makes of two dtypes in one sum."""
-    assert compilations("float64", 4096) == [[1] * 13, [1] * 5]
+    assert compilations("float64", 4096) == [[1] * 14, [1] * 5]

@@ -100,7 +100,7 @@ class Columns:
         self._rows += n
         self._kept += n * (vocab if columns is None else len(columns))
         self.share.fill_(self._kept / (self._rows * vocab))
-        return None if columns is None else Kept.of(dz, weights, columns)
+        return None if columns is None else Kept.of(dz, weights, columns, self._backend)
 
     def _energies(self, dz: Tensor, weights: Tensor) -> Tensor:
         if self._backend == "triton":
@@ -153,28 +153,26 @@ class Kept:
         columns: int64 ``[K]``, in order.
         mass: ``m``, the sum of what each row leaves out, ``[n]``.
         fit: ``q [V]``, 0 at the columns that are kept: ``m qᵀ`` is nearly what is left out.
+        backend: "triton" takes sums by kernels, which widen nothing in memory.
     """
 
     columns: Tensor
     mass: Tensor
     fit: Tensor
+    backend: str
 
     @classmethod
-    def of(cls, dz: Tensor, weights: Tensor, columns: Tensor) -> "Kept":
+    def of(cls, dz: Tensor, weights: Tensor, columns: Tensor, backend: str = "torch") -> "Kept":
         """These columns of ``dz``; ``weights`` of :func:`row_weights`."""
         out = weights.new_ones(dz.shape[1]).index_fill_(0, columns, 0)
-        mass, fit = torch.empty_like(weights), torch.zeros_like(out)
-        for some, x in _in_floats(dz):
-            mass[some] = x @ out
-            fit.addmv_(x.T, weights[some] * mass[some])
-        squared = (weights * mass).dot(mass)
-        return cls(columns, mass, fit.mul_(out / squared.clamp(min=torch.finfo(out.dtype).tiny)))
+        mass, fit = _sums(dz, weights, out, backend)
+        least = torch.finfo(out.dtype).tiny
+        squared = (weights * mass).dot(mass).clamp(min=least)
+        return cls(columns, mass, fit.mul_(out / squared), backend)
 
     def hidden_gradient(self, dz: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         """``dz @ weight [n, H]`` in float32 (float64 from float64); ``labels [n]`` of the rows."""
-        of_fit = self.fit.new_zeros(weight.shape[1])
-        for some, w in _in_floats(weight):
-            of_fit.addmv_(w.T, self.fit[some])
+        of_fit = _weighted_sum(weight, self.fit, self.backend)
         product = self.mass[:, None] * of_fit
         if gemms.rounds_products(weight):  # as in gemms.hidden_gradient
             at_label = labels.long()[:, None]
@@ -208,6 +206,33 @@ class Kept:
     def _tiles(self, rows: int, width: int) -> tuple[Tensor, ...]:
         elements = _TILE_ELEMENTS if checks.free_to_read(self.columns) else _GPU_TILE_ELEMENTS
         return self.columns.split(max(1, elements // max(rows, width)))
+
+
+def _sums(dz: Tensor, weights: Tensor, out: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    """``m = dz @ out [n]`` and ``(weights · m) @ dz [V]``, in float32 at least."""
+    if backend == "triton":
+        from humanline.kernels.columns import weighted_sum
+        from humanline.kernels.masses import masses
+
+        mass = masses(dz, out)
+        return mass, weighted_sum(dz, weights * mass)
+    mass, fit = torch.empty_like(weights), torch.zeros_like(out)
+    for some, x in _in_floats(dz):  # while they are in the cache
+        mass[some] = x @ out
+        fit.addmv_(x.T, weights[some] * mass[some])
+    return mass, fit
+
+
+def _weighted_sum(x: Tensor, weights: Tensor, backend: str) -> Tensor:
+    """``weights @ x [V]``, in float32 at least."""
+    if backend == "triton":
+        from humanline.kernels.columns import weighted_sum
+
+        return weighted_sum(x, weights)
+    total = weights.new_zeros(x.shape[1])
+    for some, floats in _in_floats(x):
+        total.addmv_(floats.T, weights[some])
+    return total
 
 
 def _in_floats(x: Tensor) -> Iterator[tuple[slice, Tensor]]:
