@@ -118,7 +118,9 @@ def test_gradients_are_stored_as_many_elements_at_a_time_as_were_loaded(reports)
 
 
 def test_a_program_of_1024_threads_fits_a_multiprocessor(reports):
-    row_kernels = [r for r in reports if r["name"] not in ("scale", "energies", "masses", *ON_SEQUENCES)]
+    row_kernels = [
+        r for r in reports if r["name"] not in ("scale", "energies", "masses", *ON_SEQUENCES)
+    ]
     assert {r["name"]: r["registers"] for r in row_kernels if r["registers"] > 64} == {}
 
 
