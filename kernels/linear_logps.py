@@ -24,6 +24,8 @@ What an H100 SXM should make of it (NVIDIA's figures: 989 TFLOP/s dense bf16, 3.
   gives (5,120 bytes a clock, about 9 TB/s). So L2 bounds a kernel without multicast at about three
   quarters of peak; 60 to 70 % is what to expect at H = 4096, 50 to 60 % at H = 1024, where the
   epilogue, during which the tensor cores idle, takes a tenth.
+  Measured since, on an H100 (bench/results/h100-sxm/explored.jsonl): 671 and 632 TFLOP/s, 68 and
+  64 % of it.
 - HBM: programs that run at once share a group of rows whose hidden states stay in L2 (16 MiB: 16
   row tiles at H = 4096), and walk the vocabulary together. A tile of the weight comes from HBM once
   a group: 5 GB take 1.5 ms, hidden under 10.
