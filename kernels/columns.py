@@ -75,6 +75,7 @@ def weighted_sum(x: Tensor, weights: Tensor) -> Tensor:
 
 def _column_sums(x: Tensor, weights: Tensor, squared: bool) -> Tensor:
     n, width = x.shape
+    x = x if x.stride(1) == 1 else x.contiguous()  # a head's weight may lie in any way
     lines = x.new_empty(triton.cdiv(n, LAUNCH["PART"]), width, dtype=torch.float32)
     if n:
         with torch.cuda.device_of(x):

@@ -54,6 +54,8 @@ def test_sums_of_rows_and_columns(n, vocab, dtype, device):
         assert actual.dtype == torch.float32 and actual.shape == expected.shape
         assert ((actual.double() - expected).abs() <= 1e-6 * sizes).all()
     assert torch.equal(masses(dz, columns), found[0][0])
+    across = dz.T.contiguous().T
+    assert torch.equal(weighted_sum(across, weights), found[1][0])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
