@@ -32,6 +32,7 @@ TEST = [
     "accelerate",
     "datasets",
     "kernels",
+    "mypy",
     "pytest>=8.2",  # reads arguments from @tests/core.txt
     "pytest-xdist",
     "ruff",
@@ -52,6 +53,9 @@ setup(
     # humanline/kernels is a symbolic link to ../kernels, which has no __init__.py (a top-level
     # regular package `kernels` would shadow Hugging Face's), so find_packages does not see it.
     packages=[*find_packages(include=["humanline", "humanline.*"]), "humanline.kernels"],
+    # Said because an editable install then is a path, which type checkers follow; left out, it is
+    # an import hook, which they do not run.
+    package_dir={"": "."},
     package_data={"humanline": ["py.typed", "training/data/*.jsonl"]},
     include_package_data=False,
     zip_safe=False,

@@ -7,6 +7,8 @@
 >>> loss, stats = objective.from_hidden(hidden, weight, labels, ref_logps)  # doctest: +SKIP
 """
 
+from typing import TYPE_CHECKING
+
 from humanline.advantages import group_advantages
 from humanline.checks import debug
 from humanline.mismatched import mismatched_pairs, mismatched_rows
@@ -43,10 +45,13 @@ __all__ = [
     "token_logps",
 ]
 
+if TYPE_CHECKING:
+    from humanline.integrations.trl.head import patch_trl as patch_trl
+else:  # hidden from type checkers, which would believe that it has whatever they ask for
 
-def __getattr__(name: str):
-    if name == "patch_trl":  # imports TRL, so only when it is asked for
-        from humanline.integrations.trl.head import patch_trl
+    def __getattr__(name: str):
+        if name == "patch_trl":  # imports TRL, so only when it is asked for
+            from humanline.integrations.trl.head import patch_trl
 
-        return patch_trl
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+            return patch_trl
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,24 +1,31 @@
 """Decorators for the library's autograd functions, and for the entry points that call them."""
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import wraps
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
+P = ParamSpec("P")
+R = TypeVar("R")
 
-def uncompiled(function):
+
+def uncompiled(function: Callable[P, R]) -> Callable[P, R]:
     """A graph break around an entry point: ``torch.compile`` runs it as it stands.
 
     Which rows go through a GEMM depends on values, and an objective's coefficients on autograd
     within the forward: Dynamo traces neither.
     """
-    eager = torch.compiler.disable(
-        function, reason=f"{function.__name__} multiplies as many rows as there are labels"
-    )
+    eager: Callable[P, R] | None = None
 
     @wraps(function)  # which torch.compile, given the entry point itself, must not see through
-    def run(*args, **kwargs):
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        nonlocal eager
+        if eager is None:  # at the first call, because it imports Dynamo: a second
+            # If this is while Dynamo traces, and must not break the graph, it shows this line.
+            eager = torch.compiler.disable(function, reason="as many rows as there are labels")
         return eager(*args, **kwargs)
 
     return run

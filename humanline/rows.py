@@ -218,11 +218,12 @@ class Rows:
     """
 
     logps: Tensor
-    ref_logps: Tensor | None
-    log_ratio: Tensor | None
-    raw_log_ratio: Tensor | None
-    unclamped: Tensor | None
-    entropy: Tensor | None
+    # To a type checker these are tensors: whoever writes an objective knows whether they are None.
+    ref_logps: Tensor | Any
+    log_ratio: Tensor | Any
+    raw_log_ratio: Tensor | Any
+    unclamped: Tensor | Any
+    entropy: Tensor | Any
     mask: Tensor
     length: Tensor
     layout: Layout = field(repr=False)

@@ -87,7 +87,8 @@ def dependencies(tmp_path_factory):
     for entry in (Path(entry).resolve() for entry in sys.path):
         stdlib = (entry / "os.py").exists() or entry.name == "lib-dynload"
         ours = entry == REPO or entry.is_relative_to(REPO / "tests")
-        if not entry.is_dir() or stdlib or ours:
+        scripts = entry == Path(sys.executable).parent  # `pytest` itself lies there
+        if not entry.is_dir() or stdlib or ours or scripts:
             continue
         for item in entry.iterdir():
             humanline = item.name.startswith(("humanline", "__editable__"))
@@ -206,6 +207,22 @@ def test_console_script_starts(installed, tmp_path):
     how, python, _ = installed
     if how != "checkout":
         assert "humanline" in run(python.parent / "humanline", "--help", cwd=tmp_path)
+
+
+@pytest.fixture(scope="module")
+def mypy_cache(tmp_path_factory):
+    """What mypy knows of torch, which all environments share."""
+    return tmp_path_factory.mktemp("mypy")
+
+
+def test_a_type_checker_sees_every_public_call(installed, mypy_cache, tmp_path):
+    """Right ones pass, and the marks on wrong ones are needed; see tests/typed/calls.py."""
+    how, python, _ = installed
+    if how == "checkout":
+        return
+    typed = REPO / "tests/typed"
+    mypy = ("-m", "mypy", "--config-file", typed / "mypy.ini", "--cache-dir", mypy_cache)
+    run(sys.executable, *mypy, "--python-executable", python, typed / "calls.py", cwd=tmp_path)
 
 
 def test_ci_runs_the_readme_test_command():

@@ -62,17 +62,20 @@ class Objective:
                 f"stay Identity(), got {self.perception!r}"
             )
 
-    # What a subclass defines
+    # What a subclass defines, with the batch's arguments under names of its own: they come by name.
+    # ``*args: Any`` beside them is how type checkers are told so.
 
-    def loss(self, rows: Rows, **batch: Any) -> Tensor:
+    def loss(self, rows: Rows, *args: Any, **batch: Any) -> Tensor:
         """The loss, a scalar differentiable with respect to ``rows.logps``."""
         raise NotImplementedError(f"{type(self).__name__} does not define loss()")
 
-    def stats(self, rows: Rows, **batch: Any) -> dict[str, Tensor]:
+    def stats(self, rows: Rows, *args: Any, **batch: Any) -> dict[str, Tensor]:
         """Statistics of a batch, under the names TRL logs. Rows are detached."""
         return {}
 
-    def prepare(self, layout: Layout, ref_logps: Tensor | None, **batch: Any) -> dict[str, Any]:
+    def prepare(
+        self, layout: Layout, ref_logps: Tensor | None, *args: Any, **batch: Any
+    ) -> dict[str, Any]:
         """Check the batch's own arguments and give them the shape ``loss`` wants.
 
         Runs before any log-prob is computed: the reference's may be there in shape only. Of what
@@ -82,19 +85,19 @@ class Objective:
             self.require_ref_logps(ref_logps)
         return batch
 
-    def sequence_kernel_arguments(self, **batch: Any) -> dict[str, Any] | None:
+    def sequence_kernel_arguments(self, *args: Any, **batch: Any) -> dict[str, Any] | None:
         """Arguments of ``kernels.sequence_loss`` if this very loss exists as a device function.
 
         Without one a sequence-level objective takes more, small launches on a GPU.
         """
         return None
 
-    def stats_of(self, report: dict[str, Tensor], **batch: Any) -> dict[str, Tensor]:
+    def stats_of(self, report: dict[str, Tensor], *args: Any, **batch: Any) -> dict[str, Tensor]:
         """:meth:`stats` from what that kernel reports."""
         raise NotImplementedError(f"{type(self).__name__} does not define stats_of()")
 
     def kernel_arguments(
-        self, layout: Layout, ref_logps: Tensor | None, **batch: Any
+        self, layout: Layout, ref_logps: Tensor | None, *args: Any, **batch: Any
     ) -> dict[str, Any] | None:
         """Arguments of ``kernels.token_loss`` if this very loss exists as a device function; of
         ``kernels.sequence_policy`` if :attr:`coupling` is "sequence".
@@ -108,7 +111,7 @@ class Objective:
         """:meth:`stats` from what ``kernels.token_stats`` names."""
         raise NotImplementedError(f"{type(self).__name__} does not define token_stats_of()")
 
-    def anchor(self, logps: Tensor, ref_logps: Tensor | None, **batch: Any) -> Tensor:
+    def anchor(self, logps: Tensor, ref_logps: Tensor | None, *args: Any, **batch: Any) -> Tensor:
         """The log-probs that the log-ratio is taken to."""
         return ref_logps
 
@@ -347,7 +350,7 @@ class TokenObjective(Objective):
 
     coupling: ClassVar[str] = "token"
 
-    def token_loss(self, rows: Rows, **batch: Any) -> Tensor:
+    def token_loss(self, rows: Rows, *args: Any, **batch: Any) -> Tensor:
         """Each row's share ``[n]`` of the loss; their sum is the loss. Masked rows are ignored.
 
         ``rows.token_mean`` and ``rows.sequence_mean`` turn per-token values into such shares. They
@@ -356,7 +359,7 @@ class TokenObjective(Objective):
         """
         raise NotImplementedError(f"{type(self).__name__} does not define token_loss()")
 
-    def loss(self, rows: Rows, **batch: Any) -> Tensor:
+    def loss(self, rows: Rows, *args: Any, **batch: Any) -> Tensor:
         shares = self.token_loss(rows, **batch)
         name = f"{type(self).__name__}.token_loss()"
         is_tensor = isinstance(shares, Tensor)
@@ -375,7 +378,9 @@ class TokenObjective(Objective):
         )
         return torch.where(rows.mask, shares, 0).sum()
 
-    def prepare(self, layout: Layout, ref_logps: Tensor | None, **batch: Any) -> dict[str, Any]:
+    def prepare(
+        self, layout: Layout, ref_logps: Tensor | None, *args: Any, **batch: Any
+    ) -> dict[str, Any]:
         """As in :class:`Objective`; besides, every tensor becomes flat row values ``[N]``."""
         batch = super().prepare(layout, ref_logps, **batch)
         return {

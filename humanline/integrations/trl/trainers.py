@@ -4,7 +4,7 @@ import copy
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from humanline.integrations.trl.version import require_known_trl  # first: says if TRL is missing
 
@@ -147,27 +147,31 @@ class HumanlineGRPOConfig(HumanlineOptions, GRPOConfig):
 class _Built(HumanlineMixin):
     """Construction, shared by the three trainers: check, let TRL build, install."""
 
-    def __init__(self, *args, **kwargs):
-        given = inspect.signature(super().__init__).bind(*args, **kwargs).arguments
-        options = given.get("args")
-        if not isinstance(options, HumanlineOptions):
-            options = HumanlineOptions()
-        given = self._checked(given)
-        if not options.humanline:
-            super().__init__(**given)
-            return
-        require_known_trl()
-        checks.check_options(given.get("args"), options.sync_every, options.reference)
-        ref_given = given.get("ref_model") is not None
-        syncs = options.sync_every > 0 or getattr(given.get("args"), "sync_ref_model", False)
-        if ref_given and syncs:  # which write into it, and it is the caller's
-            given = {**given, "ref_model": copy.deepcopy(given["ref_model"])}
-        self.perception = options.perception  # TRL prepares data for a humanline trainer
-        with checks.adapter_on_head_allowed(type(self)):
-            super().__init__(**given)
-        own = type(self)  # has all it needs
-        schedule = options.sync_every, options.reference
-        _install(self, own, options.perception, *schedule, ref_given, options.gradient_tolerance)
+    if not TYPE_CHECKING:  # which shows the arguments of TRL's constructors
+
+        def __init__(self, *args, **kwargs):
+            given = inspect.signature(super().__init__).bind(*args, **kwargs).arguments
+            options = given.get("args")
+            if not isinstance(options, HumanlineOptions):
+                options = HumanlineOptions()
+            given = self._checked(given)
+            if not options.humanline:
+                super().__init__(**given)
+                return
+            require_known_trl()
+            checks.check_options(given.get("args"), options.sync_every, options.reference)
+            ref_given = given.get("ref_model") is not None
+            syncs = options.sync_every > 0 or getattr(given.get("args"), "sync_ref_model", False)
+            if ref_given and syncs:  # which write into it, and it is the caller's
+                given = {**given, "ref_model": copy.deepcopy(given["ref_model"])}
+            self.perception = options.perception  # TRL prepares data for a humanline trainer
+            with checks.adapter_on_head_allowed(type(self)):
+                super().__init__(**given)
+            own = type(self)  # has all it needs
+            schedule = options.sync_every, options.reference
+            _install(
+                self, own, options.perception, *schedule, ref_given, options.gradient_tolerance
+            )
 
     def _checked(self, given: dict[str, Any]) -> dict[str, Any]:
         """The arguments for TRL, once they have been looked at."""
@@ -191,12 +195,14 @@ class HumanlineGRPOTrainer(_Built, OfflineMixin, PolicyGradientMixin, GRPOTraine
     """TRL's GRPOTrainer with humanline. Takes what that takes; besides, a dataset with the columns
     prompt, completions and rewards, from which it trains without generating."""
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        if self.offline:
-            self.rollout_func = self._rollout
-        for name, dataset in checks.datasets_of(vars(self)):
-            checks.check_chat_template(self.processing_class, checks.first_row(dataset), name)
+    if not TYPE_CHECKING:
+
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            if self.offline:
+                self.rollout_func = self._rollout
+            for name, dataset in checks.datasets_of(vars(self)):
+                checks.check_chat_template(self.processing_class, checks.first_row(dataset), name)
 
     def _checked(self, given: dict[str, Any]) -> dict[str, Any]:
         self.offline = is_offline(given)

@@ -13,6 +13,8 @@ being the share of columns that are kept (columns.py). Their number is read back
 rows staying on the device.
 """
 
+from typing import Literal, overload
+
 import torch
 from torch import Tensor
 
@@ -37,6 +39,57 @@ from humanline.rows import IGNORE_INDEX
 from humanline.seam import Coefficients
 
 
+@overload
+def linear_token_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    *,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    return_entropy: Literal[False] = False,
+    observe: Observer | None = None,
+    workspace_bytes: int = WORKSPACE_BYTES,
+    backend: str | None = None,
+    capturable: bool = False,
+    gradient_tolerance: float = 0.0,
+) -> Tensor: ...
+@overload
+def linear_token_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    *,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    return_entropy: Literal[True],
+    observe: Observer | None = None,
+    workspace_bytes: int = WORKSPACE_BYTES,
+    backend: str | None = None,
+    capturable: bool = False,
+    gradient_tolerance: float = 0.0,
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def linear_token_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    *,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    return_entropy: bool,
+    observe: Observer | None = None,
+    workspace_bytes: int = WORKSPACE_BYTES,
+    backend: str | None = None,
+    capturable: bool = False,
+    gradient_tolerance: float = 0.0,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 @autograd.uncompiled
 def linear_token_logps(
     hidden: Tensor,

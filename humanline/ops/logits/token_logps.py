@@ -1,5 +1,7 @@
 """``token_logps``: log-probs (and entropy) of labels from logits, differentiable."""
 
+from typing import Literal, overload
+
 import torch
 from torch import Tensor
 
@@ -17,6 +19,33 @@ from humanline.rows import IGNORE_INDEX
 from humanline.seam import Coefficients
 
 
+@overload
+def token_logps(
+    logits: Tensor,
+    labels: Tensor,
+    temperature: float | Tensor = 1.0,
+    *,
+    return_entropy: Literal[False] = False,
+    backend: str | None = None,
+) -> Tensor: ...
+@overload
+def token_logps(
+    logits: Tensor,
+    labels: Tensor,
+    temperature: float | Tensor = 1.0,
+    *,
+    return_entropy: Literal[True],
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def token_logps(
+    logits: Tensor,
+    labels: Tensor,
+    temperature: float | Tensor = 1.0,
+    *,
+    return_entropy: bool,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def token_logps(
     logits: Tensor,
     labels: Tensor,
