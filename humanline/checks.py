@@ -25,7 +25,11 @@ _debug = ContextVar("humanline_debug", default=False)
 
 @contextmanager
 def debug(enabled: bool = True) -> Iterator[None]:
-    """Within this context, checks that read values from a GPU run too (each one synchronises)."""
+    """Within this context, checks that read values from a GPU run too (each one synchronises).
+
+    Args:
+        enabled: False for the checks that are free, within a context where all run.
+    """
     token = _debug.set(enabled)
     try:
         yield

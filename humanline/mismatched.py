@@ -59,12 +59,16 @@ def mismatched_indices(prompts: Sequence[Any], completions: Sequence[Any]) -> li
 
 
 def mismatched_pairs(prompts: Sequence[Any], completions: Sequence[Any]) -> list[tuple[Any, Any]]:
-    """Each prompt with a completion that is none of its own: see :func:`mismatched_indices`.
+    """Each prompt with a completion that is none of its own.
 
-    A prompt all of whose batch's completions are its own has no such pair and is left out.
+    A prompt's own completions are those of all rows that hold it. All prompts take the completion
+    one row on; where that will not do for one of them, two rows on, and so forth: each completion
+    is used once. Where no step suits all, each prompt takes the next completion that suits it. A
+    prompt all of whose batch's completions are its own has no such pair and is left out.
 
     Args:
-        prompts, completions: those of a batch, texts or token ids, in the same order.
+        prompts, completions: those of a batch, in the same order: texts, chats, or token ids as
+            lists or tensors. They are compared by value.
 
     Raises:
         ValueError: fewer than two, not as many completions as prompts, or no mismatched pair.

@@ -162,8 +162,8 @@ class ProspectWeight(Perception):
 
     The batch's ``n`` completion tokens are ranked by ``d``: gains (``d ≥ 0``) from the top, losses
     from the bottom. The token of rank ``i`` has decision weight ``Ω(i/n) − Ω((i−1)/n)`` with the
-    capacity function of Tversky and Kahneman (1992), see :func:`capacity`; tied tokens share
-    theirs. The weights are scaled to mean 1 and detached; the value stays ``c = d``.
+    capacity function of Tversky and Kahneman (1992), ``Ω(a) = a^γ / (a^γ + (1−a)^γ)^{1/γ}``; tied
+    tokens share theirs. The weights are scaled to mean 1 and detached; the value stays ``c = d``.
 
     Args:
         gamma_gain: curvature of the capacity function for gains.

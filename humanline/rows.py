@@ -215,6 +215,7 @@ class Rows:
             for.
         mask: bool ``[n]``, completion tokens.
         length: completion tokens of each row's sequence, ``[n]``.
+        layout: how all rows of the batch fall into sequences.
     """
 
     logps: Tensor

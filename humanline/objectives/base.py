@@ -28,7 +28,7 @@ class Objective:
         perception: how log-ratios to the reference are perceived before the loss sees them.
 
     Raises:
-        TypeError: ``perception`` is not a :class:`~humanline.perception.Perception`; an option
+        TypeError: ``perception`` is not a :class:`~humanline.Perception`; an option
             declared as a number, a name or a flag is none, such as ``beta="0.1"``.
         ValueError: a perception was given to an objective that has no reference.
     """
@@ -265,8 +265,8 @@ class Objective:
             gradient_tolerance: leave columns out of the gradient's products, see
                 :func:`~humanline.linear_token_logps`. The share that is kept is the statistic
                 "humanline/kept_columns": a mean over blocks weighted by their rows; 0 where there
-                was none, or before the backward where that is what chooses them (the last line of
-                the table in ops/hidden/objective.py).
+                was none, or before the backward where that is what chooses them: where it forms the
+                logits of active rows again.
 
         Returns, raises: see :meth:`from_logps`.
         """
@@ -346,7 +346,12 @@ class Objective:
 @dataclass(frozen=True)
 class TokenObjective(Objective):
     """An objective whose gradient on a row depends on that row alone: subclass it and define
-    :meth:`token_loss`. Tensors of the batch come to it as row values, 0 where masked."""
+    :meth:`token_loss`. Tensors of the batch come to it as row values, 0 where masked.
+
+    Args:
+        perception: how a token's log-ratio to the reference is perceived: Clip, BetaRejection,
+            ProspectWeight or a Perception of one's own; Identity() for as it is.
+    """
 
     coupling: ClassVar[str] = "token"
 

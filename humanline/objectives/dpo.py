@@ -176,11 +176,15 @@ class DPO(Objective):
 
     Args:
         beta: strength of the pull towards the reference.
-        loss_type: a name of :data:`LOSSES`, or several, whose weighted losses are summed (MPO).
+        loss_type: a name, or several, whose weighted losses are summed (MPO): "sigmoid", "hinge",
+            "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
+            "apo_zero", "apo_down", "discopop", "sft" or "sigmoid_norm", as TRL defines them.
         loss_weights: weights of several loss types; 1 each if None.
         label_smoothing: probability that a pair's labels are swapped. Turns ``sigmoid`` into cDPO;
             used by ``robust``, ``exo_pair``, ``aot`` and ``aot_unpaired`` as well.
         discopop_tau: temperature of the ``discopop`` blend.
+        perception: how a token's log-ratio to the reference is perceived: Clip, BetaRejection,
+            ProspectWeight or a Perception of one's own; Identity() for as it is.
 
     Raises:
         ValueError: unknown loss type; a smoothing outside ``[0, 0.5)``, or 0 for ``exo_pair``; an

@@ -201,8 +201,15 @@ class GRPO(PolicyObjective):
         entropy_coef: weight of the entropy bonus.
         sapo_temperature_pos, sapo_temperature_neg: ``sapo``'s gate, by sign of the advantage.
         vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg: ``vespo``'s weights.
+        perception: how a token's log-ratio to the reference is perceived: Clip, BetaRejection,
+            ProspectWeight or a Perception of one's own; Identity() for as it is.
 
-    Batch arguments: :class:`PolicyObjective`'s, and
+    Batch arguments:
+        advantages: ``[S]`` or row-shaped.
+        old_logps: log-probs the ratio ``r = exp(c)`` is taken to, row-shaped. Left out, it is taken
+            to ``ref_logps`` (humanline: the synced reference); with neither, or with
+            ``old_logps="policy"``, to the policy itself (exactly on-policy: ``r = 1``), where a
+            perception has nothing to perceive: a warning says so.
         num_items_in_batch: normaliser of "dapo", "cispo" and "vespo": completion tokens in the
             whole accumulated batch; this batch's if left out.
 

@@ -33,6 +33,8 @@ class KTO(Objective):
         desirable_weight: ``w_D``.
         undesirable_weight: ``w_U``.
         loss_type: "kto", or "apo_zero_unpaired" (arXiv 2408.06266), which uses no reference point.
+        perception: how a token's log-ratio to the reference is perceived: Clip, BetaRejection,
+            ProspectWeight or a Perception of one's own; Identity() for as it is.
     """
 
     beta: float = 0.1

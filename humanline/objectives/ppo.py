@@ -28,8 +28,15 @@ class PPO(PolicyObjective):
         beta: weight of the penalty on ``KL(π_θ ‖ π_ref)``; other than 0, ``ref_logps`` are needed.
         kl_estimator: "k1" (``d``) or "k3" (``e^{−d} + d − 1``), on the unperceived log-ratio.
         entropy_coef: weight of the entropy bonus.
+        perception: how a token's log-ratio to the reference is perceived: Clip, BetaRejection,
+            ProspectWeight or a Perception of one's own; Identity() for as it is.
 
-    Batch arguments: see :class:`PolicyObjective`; ``advantages`` usually one a row.
+    Batch arguments:
+        advantages: ``[S]`` or, usually, row-shaped.
+        old_logps: log-probs the ratio ``r = exp(c)`` is taken to, row-shaped. Left out, it is taken
+            to ``ref_logps`` (humanline: the synced reference); with neither, or with
+            ``old_logps="policy"``, to the policy itself (exactly on-policy: ``r = 1``), where a
+            perception has nothing to perceive: a warning says so.
     """
 
     beta: float = 0.0

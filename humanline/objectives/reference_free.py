@@ -39,6 +39,7 @@ class SimPO(_ReferenceFreePairs):
     Args:
         beta: scale of the length-normalised log-probs (the paper: 2 to 10).
         gamma: target reward margin.
+        perception: stays Identity(): without a reference there is no log-ratio to perceive.
     """
 
     beta: float = 2.0
@@ -66,6 +67,7 @@ class SLiC(_ReferenceFreePairs):
     Args:
         delta: margin of the sequence log-probs, in nats.
         lambda_coef: weight of the log-likelihood of the chosen sequences.
+        perception: stays Identity(): without a reference there is no log-ratio to perceive.
     """
 
     delta: float = 1.0

@@ -13,6 +13,9 @@ from humanline.rows import Layout, Rows
 class SFT(TokenObjective):
     """Mean negative log-likelihood of the completion tokens.
 
+    Args:
+        perception: stays Identity(): without a reference there is no log-ratio to perceive.
+
     Batch arguments:
         num_items_in_batch: completion tokens of the whole accumulated batch, if it is the
             normaliser; this batch's if left out.

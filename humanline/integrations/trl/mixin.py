@@ -87,6 +87,7 @@ class HumanlineMixin:
             self.reference.before_step()
 
     def training_step(self, *args, **kwargs):
+        """TRL's; logs besides which share of the gradient's columns its backward has kept."""
         loss = super().training_step(*args, **kwargs)
         if self._kept_columns is not None:  # known now that the backward has run
             share = self.accelerator.gather(self._kept_columns).mean().item()

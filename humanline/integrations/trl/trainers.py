@@ -3,8 +3,8 @@
 import copy
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from humanline.integrations.trl.version import require_known_trl  # first: says if TRL is missing
 
@@ -37,6 +37,8 @@ from humanline.integrations.trl.precomputed import Precomputed, PrecomputedMixin
 from humanline.ops import check_tolerance
 from humanline.perception import Clip, Perception
 from humanline.reference import REFERENCES, Reference, ReferenceCopy
+
+C = TypeVar("C")
 
 
 @dataclass
@@ -95,19 +97,31 @@ class HumanlineOptions:
         return Clip(self.log_eps_P, self.log_eps_R)
 
 
+def _documented(cls: type[C]) -> type[C]:
+    """Its docstring with the help of humanline's options, and of those it adds itself."""
+    ours = inspect.get_annotations(HumanlineOptions) | inspect.get_annotations(cls)
+    of = {f.name: f.metadata["help"] for f in fields(cls) if f.name in ours}
+    lines = [f"    {name}: {of[name]}" for name in ours]
+    cls.__doc__ = "\n".join([inspect.getdoc(cls), "", "Args:", *lines])
+    return cls
+
+
+@_documented
 @dataclass
 class HumanlineDPOConfig(HumanlineOptions, DPOConfig):
-    """TRL's DPOConfig and :class:`HumanlineOptions`."""
+    """TRL's DPOConfig with humanline's options."""
 
 
+@_documented
 @dataclass
 class HumanlineKTOConfig(HumanlineOptions, KTOConfig):
-    """TRL's KTOConfig and :class:`HumanlineOptions`."""
+    """TRL's KTOConfig with humanline's options."""
 
 
+@_documented
 @dataclass
 class HumanlineGRPOConfig(HumanlineOptions, GRPOConfig):
-    """TRL's GRPOConfig, :class:`HumanlineOptions` and ``generate_every``. With humanline
+    """TRL's GRPOConfig with humanline's options and ``generate_every``. With humanline
     ``disable_dropout`` is True by default, as TRL has it for DPO and KTO."""
 
     generate_every: int | None = field(
@@ -242,9 +256,13 @@ def apply_humanline(
 
     Args:
         trainer: TRL's DPOTrainer, KTOTrainer or GRPOTrainer, or an instance of a subclass.
-        perception: how log-ratios are perceived, ``Clip()`` by default; any of
-            :mod:`humanline.perception`.
-        sync_every, reference, gradient_tolerance: see :class:`HumanlineOptions`.
+        perception: how log-ratios are perceived, ``Clip()`` by default.
+        sync_every: optimizer steps between syncs of the reference; 0 for never.
+        reference: what holds it: "copy" (a second model), "adapter" (a second set of the weights
+            that train), "lookahead" (nothing; scores batches ahead). None is "adapter" with PEFT,
+            else "copy".
+        gradient_tolerance: the head's backward may leave out columns of the logits' gradient that
+            hold less than this share of its norm; 0 is exact.
 
     Raises:
         TypeError: another trainer.

@@ -139,8 +139,8 @@ def linear_token_logps(
             in a CUDA graph; Triton backend only.
         gradient_tolerance: δ in [0, 1); 0 is exact. Else the products of the backward leave out
             columns of the logits' gradient that together hold no more than δ of its norm, in each
-            block of rows, never a label's; of these, the part that the rows share is put back
-            (columns.py). Where only hidden trains, gradients are formed before the incoming ones
+            block of rows, never a label's; of these, the part that the rows share is put back.
+            Where only hidden trains, gradients are formed before the incoming ones
             are known: there every row counts alike, and δ bounds the root mean square of the
             rows' relative errors. Beside the workspace it takes, by estimate, 40 MiB on a CPU and
             256 MiB on a GPU in half precision.
