@@ -1,8 +1,8 @@
-"""What several processes ask for: reductions that an objective's definition needs, and shards."""
+"""What several processes ask for: reductions that an objective's definition needs."""
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 
 def world_size() -> int:
@@ -36,20 +36,3 @@ def gather_over_ranks(x: Tensor) -> tuple[Tensor, slice]:
     start = sum(lengths[: dist.get_rank()])
     own = slice(start, start + len(x))
     return torch.cat([g[:n] for g, n in zip(gathered, lengths, strict=True)]), own
-
-
-def local_shard(t: Tensor) -> Tensor:
-    """What this rank holds of a DTensor; any other tensor is returned as it is."""
-    return t.to_local() if hasattr(t, "to_local") else t
-
-
-def sharded_modules(model: nn.Module) -> list[nn.Module]:
-    """Those that FSDP2 has sharded."""
-    return [module for module in model.modules() if hasattr(module, "reshard")]
-
-
-def reshard(model: nn.Module) -> None:
-    """Have FSDP2 let go of the weights it has gathered. It keeps the root's after a forward without
-    a backward, and takes them for current even when the optimizer has stepped since."""
-    for module in sharded_modules(model):
-        module.reshard()

@@ -25,9 +25,9 @@ same numbers and differ in what they hold:
 | :class:`ReferenceLookahead` | no weights: the next ``sync_every`` steps' batches and scores |
 
 Several processes: make the reference after the policy was wrapped or sharded. DDP's wrapper is
-taken off for scoring. Under FSDP2 tensors are copied shard to shard, a sync gathers nothing; as a
-sharded model cannot be deep-copied, :class:`ReferenceCopy` is given a second one, sharded alike.
-DeepSpeed: see :meth:`Reference.before_step`; copy and adapter refuse ZeRO-3.
+taken off for scoring. Under FSDP2 and DeepSpeed ZeRO-3 tensors are copied shard to shard, a sync
+gathers nothing; as a sharded model cannot be deep-copied, :class:`ReferenceCopy` is given a second
+one, sharded alike. DeepSpeed's optimizer: see :meth:`Reference.before_step`.
 """
 
 import copy
@@ -44,7 +44,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from humanline import copies
 from humanline.checks import require, require_integers
-from humanline.distributed import local_shard, reshard, sharded_modules
+from humanline.sharding import is_partitioned, is_sharded, local_shard, reshard
 
 Score = Callable[[nn.Module, Any], Any]
 Step = tuple[list[Any], list[Any]]
@@ -162,10 +162,10 @@ class _ReferenceWithWeights(Reference):
     def __init__(self, policy: nn.Module, score: Score, sync_every: int = 1):
         super().__init__(policy, score, sync_every)
         require(
-            not any(hasattr(p, "ds_id") for p in self.policy.parameters()),
+            not any(_is_away(p) for p in self.policy.parameters()),
             lambda: (
-                f"{type(self).__name__} cannot copy weights that DeepSpeed ZeRO-3 partitions: use "
-                "ReferenceLookahead, which holds none"
+                f"{type(self).__name__} copies shards, and DeepSpeed keeps some of the policy's on "
+                "NVMe: offload parameters to the CPU, or use ReferenceLookahead, which holds none"
             ),
         )
 
@@ -180,7 +180,7 @@ class _ReferenceWithWeights(Reference):
         return self.snapshot
 
     def _state(self) -> dict[str, Any]:
-        return {"weights": self.snapshot}
+        return {"weights": {name: local_shard(t) for name, t in self.snapshot.items()}}
 
     def _load(self, state: dict[str, Any]) -> None:
         _copy(state["weights"], self.snapshot, "state")
@@ -191,16 +191,16 @@ class ReferenceCopy(_ReferenceWithWeights):
 
     Args:
         policy, score, sync_every: see :class:`Reference`.
-        model: the reference to begin with, which becomes this object's own; under FSDP2 sharded as
-            the policy is. None: a copy of the policy, whose frozen weights the two share.
+        model: the reference to begin with, which becomes this object's own; sharded as the policy
+            is. None: a copy of the policy, whose frozen weights the two share.
 
     Raises:
         ValueError: see :class:`Reference`; ``model`` has other weights than the policy, or shards
-            them otherwise, or is the policy itself; it is missing, and FSDP2 shards the policy or
-            the policy holds computed tensors, neither of which can be copied; the policy is
-            partitioned by DeepSpeed ZeRO-3. The model computes with the policy's weights, because
-            its ``forward`` was replaced by a function that calls the policy's: found here, or when
-            the first batches are scored.
+            them otherwise, or is the policy itself; it is missing, and FSDP2 or ZeRO-3 shards the
+            policy or the policy holds computed tensors, neither of which can be copied; DeepSpeed
+            keeps shards of the policy on NVMe. The model computes with the policy's weights,
+            because its ``forward`` was replaced by a function that calls the policy's: found here,
+            or when the first batches are scored.
     """
 
     def __init__(
@@ -218,7 +218,7 @@ class ReferenceCopy(_ReferenceWithWeights):
         _require_alike(ours, _tensors(self.policy), "model")
         self.snapshot = {name: ours[name] for name in self._live()}
         self._require_apart()
-        self._apart = bool(sharded_modules(self.policy))  # seen to be so; a DTensor is not watched
+        self._apart = is_sharded(self.policy)  # seen to be so; shards are not watched
 
     def _require_apart(self) -> None:
         own = {id(t) for t in self.snapshot.values()}
@@ -259,7 +259,8 @@ class ReferenceAdapter(_ReferenceWithWeights):
 
     def __init__(self, policy: nn.Module, score: Score, sync_every: int = 1):
         super().__init__(policy, score, sync_every)
-        self.snapshot = {name: t.detach().clone() for name, t in self._live().items()}
+        live = {name: local_shard(t) for name, t in self._live().items()}
+        self.snapshot = {name: t.detach().clone() for name, t in live.items()}
 
     def _scores(self, batches: list[Any]) -> list[Any]:
         with self._in_place_of_the_policy():
@@ -367,9 +368,9 @@ def scoring(model: nn.Module) -> Iterator[None]:
 
 def _copy_of(policy: nn.Module) -> nn.Module:
     require(
-        not sharded_modules(policy),
-        "FSDP2 shards the policy, and such a model cannot be copied: pass model=, a second one "
-        "sharded alike, or use ReferenceAdapter or ReferenceLookahead",
+        not is_sharded(policy),
+        "FSDP2 or ZeRO-3 shards the policy, and such a model cannot be copied: pass model=, a "
+        "second one sharded alike, or use ReferenceAdapter or ReferenceLookahead",
     )
     frozen = {id(p): p for p in policy.parameters() if not p.requires_grad}
     try:
@@ -383,7 +384,7 @@ def _copy_of(policy: nn.Module) -> nn.Module:
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Weights, each once however often it is tied, and buffers; under FSDP2 the sharded ones."""
+    """Weights, each once however often it is tied, and buffers; of a sharded model the shards."""
     reshard(model)
     return dict(model.named_parameters()) | dict(model.named_buffers())
 
@@ -392,6 +393,10 @@ def _changing(model: nn.Module) -> dict[str, Tensor]:
     """The same without frozen weights."""
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
     return {name: t for name, t in _tensors(model).items() if name not in frozen}
+
+
+def _is_away(p: Tensor) -> bool:
+    return is_partitioned(p) and getattr(p.ds_tensor, "final_location", None) == "nvme"
 
 
 def _tensors_in(x: Any) -> Iterator[Tensor]:
@@ -422,8 +427,8 @@ def _trade(live: dict[str, Tensor], snapshot: dict[str, Tensor]) -> None:
         b = snapshot[name]
         if local_shard(a) is a:
             a.data, b.data = b.data, a.data
-        else:  # FSDP2 gathers from the memory the shard was born in: values have to move
-            a, b = local_shard(a), local_shard(b)
+        else:  # it is gathered from the memory the shard was born in: values have to move
+            a = local_shard(a)
             values = a.clone()
             a.copy_(b)
             b.copy_(values)

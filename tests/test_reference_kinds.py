@@ -225,11 +225,13 @@ def test_where_the_step_is_inside_backward_the_hook_is_before_it(kind):
     assert losses == transcription(3, 2)
 
 
-def test_weights_that_zero_3_partitions_are_refused():
+def test_shards_on_nvme_are_refused():
     policy = make_policy()
-    policy.head.weight.ds_id = 0  # DeepSpeed's mark
+    shard = torch.zeros(4)
+    shard.final_location = "nvme"  # DeepSpeed's marks
+    policy.head.weight.ds_tensor = shard
     for kind in (ReferenceCopy, ReferenceAdapter):
-        with pytest.raises(ValueError, match="ZeRO-3 partitions: use ReferenceLookahead"):
+        with pytest.raises(ValueError, match="some of the policy's on NVMe: offload parameters to"):
             kind(policy, score)
     ReferenceLookahead(policy, score)
 

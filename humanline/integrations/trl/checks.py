@@ -142,17 +142,7 @@ def check_model(trainer: Any, kind: str, ref_given: bool) -> None:
         kind in REFERENCES,
         lambda: f"unknown reference {kind!r}; known: {', '.join(REFERENCES)}",
     )
-    plugin = trainer.accelerator.state.deepspeed_plugin
-    require(
-        not trainer.is_fsdp_enabled and (plugin is None or plugin.zero_stage < 3),
-        "the model's parameters are sharded (FSDP or DeepSpeed ZeRO-3), and TRL shards its "
-        "reference differently: a reference cannot be copied from the policy; use DDP or ZeRO-2",
-    )
-    require(
-        plugin is None or not getattr(trainer.args, "precompute_ref_log_probs", False),
-        "precompute_ref_log_probs=True under DeepSpeed would score with a model that is not placed "
-        "yet: set precompute_ref_log_probs=False",
-    )
+    _check_sharding(trainer, kind)
     require(
         kind == "copy" or not ref_given,
         lambda: (
@@ -164,6 +154,56 @@ def check_model(trainer: Any, kind: str, ref_given: bool) -> None:
     if kind == "lookahead":
         _check_lookahead(trainer)
     _check_head(causal_model(trainer.model), trainer.args)
+
+
+def shards(trainer: Any) -> bool:
+    """Whether a trainer's model will be sharded: by FSDP or DeepSpeed ZeRO-3, when it trains."""
+    plugin = trainer.accelerator.state.deepspeed_plugin
+    return trainer.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3)
+
+
+def _check_sharding(trainer: Any, kind: str) -> None:
+    state = trainer.accelerator.state
+    require(
+        not trainer.is_fsdp_enabled or state.fsdp_plugin.fsdp_version == 2,
+        "FSDP's first version keeps a model's weights in flat buffers, which a reference cannot be "
+        "copied from by name: use FSDP2 (fsdp_version: 2 in accelerate's configuration)",
+    )
+    engine = "DeepSpeed" if state.deepspeed_plugin is not None else "FSDP"
+    require(
+        not (trainer.is_fsdp_enabled or state.deepspeed_plugin is not None)
+        or not getattr(trainer.args, "precompute_ref_log_probs", False),
+        f"precompute_ref_log_probs=True under {engine} would score with a model that is not placed "
+        "yet: set precompute_ref_log_probs=False",
+    )
+    require(
+        kind != "copy" or not shards(trainer) or trainer.ref_model is not None,
+        'reference="copy" needs a second model, TRL has loaded none here, and the policy will be '
+        "sharded, which cannot be copied: leave reference out, or set it to "
+        '"adapter", which holds as much',
+    )
+    parallel = trainer.accelerator.parallelism_config
+    for axis in ("cp", "sp", "tp"):
+        size = 1 if parallel is None else getattr(parallel, f"{axis}_size", 1)
+        require(size == 1, f"parallelism_config has {axis}_size={size}: {_UNSUPPORTED[axis]}")
+
+
+#: Why an axis of accelerate's parallelism is refused.
+_UNSUPPORTED = {
+    "cp": (
+        "context parallelism splits each sequence over ranks where a batch has input_ids and "
+        "labels, and TRL's DPO, KTO and GRPO trainers make theirs later, inside the loss; use "
+        "FSDP2 or ZeRO-3 without it (cp_size=1)"
+    ),
+    "sp": (
+        "sequence parallelism splits each sequence over ranks in the data loader, and TRL's DPO, "
+        "KTO and GRPO trainers need whole ones; use FSDP2 or ZeRO-3 without it (sp_size=1)"
+    ),
+    "tp": (
+        "tensor parallelism splits the output head's vocabulary over ranks, and TRL's fused head "
+        "reads a whole weight; use FSDP2 or ZeRO-3 without it (tp_size=1)"
+    ),
+}
 
 
 def _check_lookahead(trainer: Any) -> None:
@@ -182,8 +222,8 @@ def _check_lookahead(trainer: Any) -> None:
         ),
     )
     require(
-        trainer.accelerator.num_processes == 1 and not trainer._is_vision_dataset,
-        'reference="lookahead" works on text in one process: use "copy" or "adapter"',
+        not trainer._is_vision_dataset,
+        'reference="lookahead" works on text: use "copy" or "adapter"',
     )
 
 
@@ -205,15 +245,16 @@ def _check_head(model: nn.Module, args: Any) -> None:
             "cast_lm_head_to_fp32=True cannot be had with an adapter on the output head",
         )
     weight = getattr(head, "weight", None)
+    shape = getattr(weight, "ds_shape", getattr(weight, "shape", ()))  # ZeRO-3's, partitioned
     require(
         weight is not None
-        and weight.dim() == 2
+        and len(shape) == 2
         and weight.is_floating_point()
         and model.base_model is not model,
         lambda: (
             f"{type(model).__name__} has no separable output head: looked for a floating-point "
             "weight [vocab, hidden] at get_output_embeddings().weight (found "
-            f"{None if weight is None else f'{weight.dtype} {list(weight.shape)}'}) and for the "
+            f"{None if weight is None else f'{weight.dtype} {list(shape)}'}) and for the "
             f"body that gives its hidden states at base_model (base_model_prefix="
             f"{model.base_model_prefix!r}, found "
             f"{'the model itself' if model.base_model is model else 'it'})"

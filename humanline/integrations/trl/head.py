@@ -8,7 +8,7 @@ import by name. :func:`patch_trl` swaps all of them in trainers that know nothin
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import cache, partial
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -18,11 +18,13 @@ from humanline.integrations.trl.version import require_known_trl  # first: says 
 # isort: split
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import Partial
 from trl.trainer import utils
 
 from humanline.checks import require
 from humanline.ops import WORKSPACE_BYTES, check_tolerance, logps_and_columns, token_logps
 from humanline.rows import IGNORE_INDEX
+from humanline.sharding import is_dtensor, is_partitioned
 
 # TRL's own, taken before anything is swapped.
 _selective_log_softmax = utils.selective_log_softmax
@@ -219,7 +221,8 @@ def fused_head(
     entropy_gradient: bool = True,
     gradient_tolerance: float = 0.0,
 ) -> Iterator[ChunkedLogProbFunction]:
-    """Within this context TRL's fused LM head is humanline's, and sees an adapter on the head.
+    """Within this context TRL's fused LM head is humanline's, and sees the whole of a head that is
+    sharded or has an adapter.
 
     Args:
         model: the model that is called, perhaps a PEFT one.
@@ -229,9 +232,9 @@ def fused_head(
         gradient_tolerance: of the backward, see :func:`~humanline.linear_token_logps`.
     """
     function = _function(only, entropy_gradient, gradient_tolerance)
-    undo = _swap_head(function)
+    undo = _swap_head(function, maybe_gather_lm_head_ctx=_gathered)
     try:
-        with _adapted(causal_model(model)):
+        with _whole(causal_model(model)):
             yield function
     finally:
         undo()
@@ -246,13 +249,13 @@ def _replace(old: Any, new: Any) -> None:
                     setattr(module, name, new)
 
 
-def _swap_head(function: ChunkedLogProbFunction) -> Callable[[], None]:
+def _swap_head(function: ChunkedLogProbFunction, **others: Callable) -> Callable[[], None]:
     """Put ``function`` in place of TRL's and return what takes it back.
 
     ``_use_triton``, since TRL 1.16, decides whether masked rows are dropped before the call: ours
-    wants that on every device.
+    wants that on every device. ``others`` are put in the places of their names too.
     """
-    ours = {"_ChunkedLogProbFunction": function, "_use_triton": _drop_masked_rows}
+    ours = {"_ChunkedLogProbFunction": function, "_use_triton": _drop_masked_rows, **others}
     theirs = {name: getattr(utils, name) for name in ours if hasattr(utils, name)}
 
     def put(values: dict[str, Any]) -> None:
@@ -267,7 +270,12 @@ def _drop_masked_rows(device: torch.device) -> bool:
     return True
 
 
-# An adapter on the output head
+def _gathered(*parameters: Tensor | None) -> AbstractContextManager:
+    """For TRL, which gathers what ZeRO-3 partitions for the forward alone: :func:`_whole` has."""
+    return nullcontext()
+
+
+# An output head that is adapted or sharded
 
 
 def causal_model(model: nn.Module) -> nn.Module:
@@ -276,21 +284,63 @@ def causal_model(model: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def _adapted(model: nn.Module) -> Iterator[None]:
-    """TRL's fused head reads ``lm_head.weight``, which under a LoRA adapter is the base's. Within
-    this context it is ``W + scaling · B A``, with gradient to A and B."""
+def _whole(model: nn.Module) -> Iterator[None]:
+    """TRL's fused head reads ``lm_head.weight``. Within this context it finds the whole weight
+    there, of all ranks, with an adapter's ``scaling · B A``; gradients go to where they belong."""
     head = model.get_output_embeddings()
-    if not is_adapted(head):
+    if "get_output_embeddings" in vars(model):  # around this context is another of the same model
         yield
         return
-    # Looked up by TRL at each call: the adapter may be another by then, or switched off.
-    model.get_output_embeddings = lambda: SimpleNamespace(
-        weight=_effective_weight(head), bias=head.base_layer.bias
-    )
+    partitioned = [p for p in head.parameters() if is_partitioned(p)]
+    if not (is_adapted(head) or partitioned or any(map(is_dtensor, head.parameters()))):
+        yield
+        return
+    if partitioned:
+        _gather_with(model, partitioned)
+    # Looked up by TRL at each call: the adapter may be another by then, or switched off, and a
+    # weight may be gathered by then.
+    model.get_output_embeddings = lambda: _of_all_ranks(head)
     try:
         yield
     finally:
         del model.get_output_embeddings
+
+
+def _gather_with(model: nn.Module, parameters: list[nn.Parameter]) -> None:
+    """Have ZeRO-3 gather these for the model's own forward and backward: nobody calls the module
+    that they are in."""
+    import deepspeed
+
+    for p in parameters:
+        deepspeed.zero.register_external_parameter(model, p)
+
+
+def _of_all_ranks(head: nn.Module) -> SimpleNamespace:
+    """A head's weight and bias, the shards of FSDP2 gathered.
+
+    Of a weight in a group of its own nobody calls the module: FSDP2 has not gathered it, and does
+    not see its gradient. That is the mean over ranks, as of all others.
+    """
+    shards = {f"head.{n}": p for n, p in head.named_parameters() if is_dtensor(p)}
+    gathered = {
+        name: p.full_tensor(grad_placements=[Partial("avg")] * p.device_mesh.ndim)
+        for name, p in shards.items()
+    }
+    weight, bias = torch.func.functional_call(_Weights(head), gathered, ())
+    return SimpleNamespace(weight=weight, bias=bias)
+
+
+class _Weights(nn.Module):
+    """Of a head, as a module for which ``functional_call`` can put others in their place."""
+
+    def __init__(self, head: nn.Module):
+        super().__init__()
+        self.head = head
+
+    def forward(self) -> tuple[Tensor, Tensor | None]:
+        if is_adapted(self.head):
+            return _effective_weight(self.head), self.head.base_layer.bias
+        return self.head.weight, getattr(self.head, "bias", None)
 
 
 def is_adapted(head: nn.Module | None) -> bool:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from accelerate.logging import get_logger
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.trainer.utils import FusedCausalLMOutput
@@ -27,11 +28,12 @@ from humanline.integrations.trl import checks
 from humanline.integrations.trl.head import causal_model, fused_head
 from humanline.integrations.trl.mismatched import mismatched
 from humanline.perception import Perception
-from humanline.reference import Reference
+from humanline.reference import Reference, ReferenceLookahead
+from humanline.sharding import is_sharded
 
 logger = get_logger(__name__)
 
-STATE = "humanline_reference.pt"
+STATE = "humanline_reference"
 
 
 class HumanlineMixin:
@@ -39,7 +41,9 @@ class HumanlineMixin:
 
     #: How log-ratios are perceived; None where humanline is off.
     perception: Perception | None = None
-    reference: Reference | None = None
+    #: Makes the reference; None where humanline is off.
+    make_reference: Callable[[], Reference] | None = None
+    _reference: Reference | None = None
     #: Counts, in the first steps, what the perception's bounds do.
     idle: IdleBounds | None = None
     #: Of the head's backward, see :func:`~humanline.linear_token_logps`.
@@ -52,6 +56,20 @@ class HumanlineMixin:
     def humanline(self) -> bool:
         """Whether the loss perceives its log-ratios."""
         return self.perception is not None
+
+    @property
+    def reference(self) -> Reference | None:
+        """Made when first asked for: of a model that is sharded, once it is; else from the
+        beginning. None where humanline is off."""
+        if self._reference is None and self.make_reference is not None:
+            require(
+                not checks.shards(self) or is_sharded(self.model),
+                "the reference is made of the sharded model, which train() and evaluate() shard: "
+                "there is none before",
+                error=RuntimeError,
+            )
+            self._reference = self.make_reference()
+        return self._reference
 
     def perceived(self, logps: Tensor, ref_logps: Tensor, mask: Tensor) -> Tensor:
         """Perceived log-ratios ``c``, row-shaped and 0 outside ``mask``; counts the unclamped."""
@@ -69,6 +87,7 @@ class HumanlineMixin:
     @contextmanager
     def _perceiving(self):
         """Around TRL's computation of a loss."""
+        assert self.reference is not None  # made by now, at the latest: before any forward
         model = self.accelerator.unwrap_model(self.model)
         entropy_gradient = getattr(self, "_entropy_bonus_enabled", False)
         tolerance = self.gradient_tolerance
@@ -98,26 +117,48 @@ class HumanlineMixin:
     # Checkpoints: the reference goes first, so that a folder with a trainer state has one.
 
     def _save_checkpoint(self, model, trial):
-        if self.humanline and self.args.should_save and not self.args.save_only_model:
+        saves = self.humanline and (self.args.should_save or self._each_rank_saves)
+        if saves and not self.args.save_only_model:
             name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
             folder = Path(self._get_output_dir(trial=trial)) / name
             folder.mkdir(parents=True, exist_ok=True)
-            torch.save(self.reference.state_dict(), folder / STATE)
+            # Clones, as a shard is a part of a buffer, which would be saved whole.
+            state = tree_map_only(Tensor, torch.clone, self.reference.state_dict())
+            torch.save(state, folder / self._state_file)
         super()._save_checkpoint(model, trial)
+
+    @property
+    def _each_rank_saves(self) -> bool:
+        """Whether ranks hold different parts of the reference: shards, or scores of their rows."""
+        own = checks.shards(self) or isinstance(self.reference, ReferenceLookahead)
+        return own and self.accelerator.num_processes > 1
+
+    @property
+    def _state_file(self) -> str:
+        rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
+        return f"{STATE}_{rank}_of_{ranks}.pt" if self._each_rank_saves else f"{STATE}.pt"
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)
         if self.humanline and checkpoint is not None:
-            path = Path(checkpoint) / STATE
-            require(
-                path.is_file(),
-                lambda: (
-                    f"{checkpoint} holds no {STATE}: it was not written by a humanline trainer, so "
-                    "the reference at that step is not known; train from its weights instead"
-                ),
-            )
+            path = Path(checkpoint) / self._state_file
+            require(path.is_file(), lambda: _missing(path))
             state = torch.load(path, map_location=self.accelerator.device, weights_only=True)
             self.reference.load_state_dict(state)
+
+
+def _missing(path: Path) -> str:
+    found = sorted(other.name for other in path.parent.glob(f"{STATE}*.pt"))
+    if not found:
+        return (
+            f"{path.parent} holds no {path.name}: it was not written by a humanline trainer, so "
+            "the reference at that step is not known; train from its weights instead"
+        )
+    return (
+        f"{path.parent} holds {', '.join(found[:3])}{', …' if len(found) > 3 else ''}, and this "
+        f"run needs {path.name}: the reference was saved in parts, or whole, by another number of "
+        "processes or another way of sharding; resume with the same"
+    )
 
 
 class SyncBeforeStep(TrainerCallback):
@@ -126,11 +167,11 @@ class SyncBeforeStep(TrainerCallback):
     Not for DeepSpeed, which steps inside ``backward``, before this: see ``_perceiving``.
     """
 
-    def __init__(self, reference: Reference):
-        self.reference = reference
+    def __init__(self, trainer: HumanlineMixin):
+        self.trainer = trainer
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        self.reference.before_step()
+        self.trainer.reference.before_step()
 
 
 class WarnOfIdleBounds(TrainerCallback):
@@ -160,7 +201,7 @@ class PreferenceMixin(HumanlineMixin):
         inputs = {**inputs, "completion_mask": _scored(inputs["completion_mask"])}
         policy = Remembered(model)
         reference = partial(self._call_reference, policy, self._ref_logps_of(inputs))
-        with self._reference_as(reference), self._perceiving():
+        with self._perceiving(), self._reference_as(reference):
             return super()._compute_loss(policy, inputs, *args, **kwargs)
 
     def _call_reference(
@@ -195,7 +236,7 @@ class PreferenceMixin(HumanlineMixin):
             self.ref_model = theirs
 
     def _precompute_ref_logps(self, dataset, *args, **kwargs):
-        if self.humanline and self.reference is None:  # TRL is building: scored when that is done
+        if self.humanline and self.make_reference is None:  # TRL is building: scored after that
             return dataset
         return super()._precompute_ref_logps(dataset, *args, **kwargs)
 

@@ -4,6 +4,7 @@ import copy
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from humanline.integrations.trl.version import require_known_trl  # first: says if TRL is missing
@@ -297,42 +298,49 @@ def _install(
     gradient_tolerance: float,
 ) -> None:
     precomputed = getattr(trainer.args, "precompute_ref_log_probs", False)
-    kind = kind or ("adapter" if is_peft_model(trainer.model) and not precomputed else "copy")
+    kind = kind or _default_kind(trainer, precomputed)
     checks.check_model(trainer, kind, ref_given)
-    noisy = noise.switch_off(trainer)
     if precomputed:
         mixin = PrecomputedMixin
     elif kind == "lookahead":
         mixin = LookaheadMixin
     _become(trainer, mixin)
     trainer.begins_at_base = _begins_at_base(trainer)
-    trainer.reference = _make_reference(trainer, kind, sync_every)
+    if kind != "copy" and isinstance(trainer, PreferenceMixin) and not precomputed:
+        trainer.ref_model = None  # TRL has loaded one; GRPO's code insists on it
+    if not checks.shards(trainer):
+        _switch_off_noise(trainer)
     if not trainer.humanline:  # its data are as TRL alone prepares them
         size = trainer.args.per_device_train_batch_size
         _map_datasets(trainer, lambda dataset, name: mismatched(dataset, size, name))
     trainer.perception = perception
     trainer.gradient_tolerance = gradient_tolerance
     if precomputed:
-        kind = "scored before training"
         _map_datasets(trainer, trainer.precompute)
+    trainer.make_reference = partial(_make_reference, trainer, kind, sync_every)
+    if not checks.shards(trainer):
+        assert trainer.reference is not None  # made here
     trainer.idle = IdleBounds(perception)
     trainer.add_callback(WarnOfIdleBounds(trainer.idle))
     if not trainer.is_deepspeed_enabled:
-        trainer.add_callback(SyncBeforeStep(trainer.reference))
+        trainer.add_callback(SyncBeforeStep(trainer))
+    if isinstance(trainer, DPOTrainer) and set(trainer.loss_types) == {"sft"}:
+        logger.warning(f'humanline: {perception} does nothing: the "sft" loss has no reference')
+
+
+def _default_kind(trainer: _BaseTrainer, precomputed: bool) -> str:
+    """Where there is no second model, a sharded one could not be made."""
+    alone = is_peft_model(trainer.model) or (checks.shards(trainer) and trainer.ref_model is None)
+    return "adapter" if alone and not precomputed else "copy"
+
+
+def _switch_off_noise(trainer: HumanlineMixin) -> None:
+    noisy = noise.switch_off(trainer)
     if noisy:
         logger.warning(
             f"humanline: what is random in {len(noisy)} modules, {noisy[0] or 'the model'} among "
             "them, is switched off: it would be taken for the policy's drift"
         )
-    if isinstance(trainer, DPOTrainer) and set(trainer.loss_types) == {"sft"}:
-        logger.warning(f'humanline: {perception} does nothing: the "sft" loss has no reference')
-    steps = "optimizer step" if sync_every == 1 else f"{sync_every} optimizer steps"
-    logger.info(
-        f"humanline: {perception}; reference: {kind}, "
-        f"{f'synced every {steps}' if sync_every else 'never synced'}, "
-        f"holding {trainer.reference.memory_bytes() / 2**20:.1f} MiB; log-probs by humanline's "
-        "fused head"
-    )
 
 
 def _map_datasets(trainer: _BaseTrainer, change: Callable[[Any, str], Any]) -> None:
@@ -362,14 +370,23 @@ def _begins_at_base(trainer: _BaseTrainer) -> bool:
 
 
 def _make_reference(trainer: HumanlineMixin, kind: str, sync_every: int) -> Reference:
+    """The reference; of a model that is sharded, once it is."""
+    if checks.shards(trainer):
+        _switch_off_noise(trainer)  # until now the model could not be called
     arguments = trainer.model, trainer.score, sync_every
     if isinstance(trainer, PrecomputedMixin):
-        return Precomputed(*arguments)
-    theirs = trainer.ref_model
-    if kind == "copy":
+        kind, reference = "scored before training", Precomputed(*arguments)
+    elif kind == "copy":
+        theirs = trainer.ref_model
         if theirs is not None:
             theirs = trainer.accelerator.unwrap_model(theirs, keep_torch_compile=False)
-        return ReferenceCopy(*arguments, model=theirs)
-    if isinstance(trainer, PreferenceMixin):
-        trainer.ref_model = None  # TRL has loaded one; GRPO's code insists on it
-    return REFERENCES[kind](*arguments)
+        reference = ReferenceCopy(*arguments, model=theirs)
+    else:
+        reference = REFERENCES[kind](*arguments)
+    steps = "optimizer step" if sync_every == 1 else f"{sync_every} optimizer steps"
+    logger.info(
+        f"humanline: {trainer.perception}; reference: {kind}, "
+        f"{f'synced every {steps}' if sync_every else 'never synced'}, "
+        f"holding {reference.memory_bytes() / 2**20:.1f} MiB; log-probs by humanline's fused head"
+    )
+    return reference

@@ -1,0 +1,87 @@
+"""Models sharded over two processes, by FSDP2 and by DeepSpeed ZeRO-3, train as whole ones do.
+
+Losses, gradient norms and weights are those of one process with all the rows of a step.
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import trl_tiny as tiny
+from torch.testing import assert_close
+from trl_sharded import CASES, MODELS, OF_ENGINE, WORLDS, read, result
+
+SCRIPT = Path(__file__).with_name("trl_sharded.py")
+LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sharded")
+    for name in MODELS:
+        tiny.model(name).save_pretrained(folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ran(folder):
+    """Runs the cases of a world in two processes; starting them is what takes time."""
+    outputs = {}
+
+    def run(world):
+        if world == "deepspeed" and importlib.util.find_spec("deepspeed") is None:
+            pytest.skip("DeepSpeed is not installed")
+        if world not in outputs:
+            outputs[world] = subprocess.run(
+                [*LAUNCH, SCRIPT, folder, world],
+                capture_output=True,
+                text=True,
+                timeout=300,
+                env=os.environ | {"OMP_NUM_THREADS": "1"},
+            )
+        done = outputs[world]
+        assert done.returncode == 0, done.stderr[-3000:]
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def in_one(folder):
+    """Results of cases in one process, each once."""
+    results = {}
+
+    def run(name):
+        if name not in results:
+            results[name] = result(CASES[name].train(folder, "one", 1))
+        return results[name]
+
+    return run
+
+
+RUNS = [
+    pytest.param(world, engine, name, id=f"{engine}-{name}")
+    for world, engines in WORLDS.items()
+    for engine in engines
+    for name in OF_ENGINE[engine]
+    if engine not in ("ddp", "zero2") or CASES[name].method != "KTO"
+]
+
+
+@pytest.mark.parametrize(("world", "engine", "name"), RUNS)
+def test_it_trains_as_one_process_does(folder, ran, in_one, world, engine, name):
+    ran(world)
+    two = read(folder, engine, name)
+    if CASES[name].method == "KTO":  # whose mismatched pairs are of a process's own rows
+        one = read(folder, "ddp" if world == "plain" else "zero2", name)
+    else:
+        one = in_one(name)
+        assert one["processes"] == 1
+    assert two["processes"] == 2
+    assert min(unclamped for *_, unclamped in two["log"]) < 1
+    assert max(norm for _, norm, _ in two["log"]) > 0.01
+    assert_close(torch.tensor(two["log"]), torch.tensor(one["log"]), rtol=1e-4, atol=1e-5)
+    assert_close(two["weights"], one["weights"], rtol=1e-4, atol=1e-5)
