@@ -310,6 +310,7 @@ def _install(
         trainer.ref_model = None  # TRL has loaded one; GRPO's code insists on it
     if not checks.shards(trainer):
         _switch_off_noise(trainer)
+    trainer.make_reference = partial(_make_reference, trainer, kind, sync_every)
     if not trainer.humanline:  # its data are as TRL alone prepares them
         size = trainer.args.per_device_train_batch_size
         _map_datasets(trainer, lambda dataset, name: mismatched(dataset, size, name))
@@ -317,7 +318,6 @@ def _install(
     trainer.gradient_tolerance = gradient_tolerance
     if precomputed:
         _map_datasets(trainer, trainer.precompute)
-    trainer.make_reference = partial(_make_reference, trainer, kind, sync_every)
     if not checks.shards(trainer):
         assert trainer.reference is not None  # made here
     trainer.idle = IdleBounds(perception)
