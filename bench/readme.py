@@ -1,8 +1,8 @@
-"""README.md's tables, from the committed results: between ``<!-- bench:NAME -->`` and
-``<!-- /bench -->``.
+"""The pages' tables, from the committed results: between ``<!-- bench:NAME -->`` and
+``<!-- /bench -->``, on whatever page asks for one.
 
     python -m bench.readme           # write them
-    python -m bench.readme --check   # exit code 1 if README.md says something else
+    python -m bench.readme --check   # exit code 1 if a page says something else
 """
 
 import json
@@ -17,14 +17,22 @@ from bench.machine_code.cards import CARDS
 from bench.machine_code.row_kernels import ROW_KERNELS, TOLD, reports
 from bench.measure import Result
 from bench.memory import long_context, reference_memory
+from bench.objectives import OBJECTIVES
 from bench.paper import model
-from bench.peers import OURS
+from bench.peers import OURS, PEERS
 from bench.report import find, markdown, megabytes, note_on, seconds
 from bench.run import ROOT, Results, committed
 from humanline.training.errors import UserError
 
 BLOCK = re.compile(r"(<!-- bench:([\w-]+) -->\n)(.*?)(<!-- /bench -->)", re.S)
+FOLDERS = ("kernels", "humanline", "bench", "tests")
 NO_GPU = "On a GPU nothing has been measured yet."
+
+
+def pages() -> list[Path]:
+    """Every page of Markdown in the repository, the front page and what is beside the code."""
+    beside = (p for folder in FOLDERS for p in sorted((ROOT / folder).rglob("*.md")))
+    return [*sorted(ROOT.glob("*.md")), *beside]
 
 
 def cpu() -> str:
@@ -74,10 +82,12 @@ def _bound(r: dict[str, Any]) -> str:
 
 
 def plots() -> str:
-    """Of each device the plots from hidden states; the others lie beside them."""
+    """For bench/README.md: of each device the plots from hidden states; others lie beside them."""
     found = sorted(ROOT.glob("bench/results/*/plots/*.png"))
     names = [p.relative_to(ROOT) for p in found if "-hidden-" in p.name or "roofline" in p.name]
-    return "\n".join(f'<img src="{p}" alt="{p.stem}" width="49%">' for p in names)
+    return "\n".join(
+        f'<img src="{p.relative_to("bench")}" alt="{p.stem}" width="49%">' for p in names
+    )
 
 
 def reference() -> str:
@@ -88,7 +98,53 @@ def context() -> str:
     return _recorded("long-context.json", long_context)
 
 
+def headline() -> str:
+    """For README.md: the figure of what the loss costs on a GPU, and what nobody timed there."""
+    found = [r for r in committed() if not r.on_cpu]
+    lines = []
+    for results in found:
+        e = results.environment
+        figure = (results.path.parent / "plots/loss-tail.png").relative_to(ROOT)
+        lines += [
+            f'<img src="{figure}" alt="{figure.stem}" width="100%">',
+            "",
+            f"Measured on one {e['device']} (torch {e['torch'].split('+')[0]}), forward and "
+            "backward over 8,192 tokens with a vocabulary of 151,936, in bfloat16; memory is what comes on "
+            "top of the inputs. The bare GEMMs, or the bare copy, are what nobody can do without; "
+            "eager is how trainers write it. Liger computes the reference of DPO too; "
+            "cut-cross-entropy the log-probs, the loss is then the trainers'. "
+            "[All numbers](bench/README.md#on-a-gpu).",
+            "",
+        ]
+    return "\n".join([*lines, _not_timed(found)])
+
+
+def _not_timed(found: list[Results]) -> str:
+    """What of the benchmark no GPU has run."""
+    done = [r for results in found for r in results.results if r.seconds is not None]
+    objectives = {r.case.objective for r in done}
+    peers = {r.peer for r in done}
+    wanted = {
+        "rows without a gradient": any(r.case.active < 1 for r in done),
+        "frozen heads": any(r.case.frozen_head for r in done),
+        "dtypes other than bfloat16": any(r.case.dtype != "bfloat16" for r in done),
+        "more than 8,192 tokens": any(r.case.tokens > 8192 for r in done),
+    }
+    left = [o.upper() for o in OBJECTIVES if o not in objectives]
+    left += [what for what, is_done in wanted.items() if not is_done]
+    left.append(f"cards other than {', '.join(r.environment['device'] for r in found) or 'none'}")
+    left.append("several GPUs")
+    others = [p for p in dict.fromkeys(p.name for p in PEERS) if p not in peers]
+    floors = [p for p in others if p.startswith(("bare", OURS))]
+    others = [p for p in others if p not in floors]
+    return (
+        f"Not timed on a GPU yet: {'; '.join(left)}; and, as peers, {'; '.join(others)}. What "
+        "is said of these comes from counting, from a CPU, or is marked as predicted."
+    )
+
+
 BLOCKS = {
+    "headline": headline,
     "cpu": cpu,
     "gpu": gpu,
     "plots": plots,
@@ -173,20 +229,22 @@ def generated(text: str) -> str:
     def fill(match: re.Match) -> str:
         start, name, _, end = match.groups()
         if name not in BLOCKS:
-            raise UserError(f"README.md has a block bench:{name}; known: {', '.join(BLOCKS)}")
+            raise UserError(f"a page has a block bench:{name}; known: {', '.join(BLOCKS)}")
         return f"{start}{BLOCKS[name]()}\n{end}"
 
     return BLOCK.sub(fill, text)
 
 
 def main(argv: list[str]) -> int:
-    readme = Path(ROOT / "README.md")
-    text = readme.read_text(encoding="utf-8")
-    wanted = generated(text)
-    if "--check" in argv:
-        return int(text != wanted)
-    readme.write_text(wanted, encoding="utf-8")
-    return 0
+    differ = False
+    for page in pages():
+        text = page.read_text(encoding="utf-8")
+        wanted = generated(text)
+        if text != wanted:
+            differ = True
+            if "--check" not in argv:
+                page.write_text(wanted, encoding="utf-8")
+    return int(differ and "--check" in argv)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ pytest.importorskip("matplotlib")
 from bench import plots
 from bench.cases import Case
 from bench.measure import Result
+from bench.peers import PEERS
 from bench.run import ROOT, Results, committed
 
 CASE = Case("grpo", "logits", tokens=64, vocab=100)
@@ -39,24 +40,57 @@ def test_each_sweep_has_its_plots(tmp_path):
 
 def test_a_file_knows_what_it_was_drawn_from(tmp_path):
     drawn = list(plots.figures(sweep()))
-    for path, (_, _, points, _) in zip(plots.draw(tmp_path, drawn), drawn, strict=True):
-        digest = plots.digest_of(points).encode()
+    for path, plot in zip(plots.draw(tmp_path, drawn), drawn, strict=True):
+        digest = plots.digest_of(plot.points).encode()
         assert digest in path.read_bytes() and digest in path.with_suffix(".svg").read_bytes()
 
 
 def test_predictions_are_not_drawn_like_measurements():
-    assert all(name.endswith(plots.PREDICTED) for name in plots.memory_at_scale()[2])
-    measured, predicted = (plots._style("humanline" + x, 0) for x in ("", plots.PREDICTED))
-    assert measured["marker"] and not predicted["marker"]
-    assert measured["linestyle"] != predicted["linestyle"]
-    assert measured["color"] == predicted["color"]
+    predicted = {name for name in plots.memory_at_scale().points if name.endswith(plots.PREDICTED)}
+    assert predicted == {"humanline, predicted", "eager, predicted"}
+    of_prediction = plots.style_of("humanline, predicted")
+    assert not of_prediction["marker"] and of_prediction["linestyle"] == ":"
+    measured = [plots.style_of(name) for name in plots.PEERS if name != plots.FLOOR]
+    assert all(style["marker"] and style["linestyle"] != ":" for style in measured)
+    assert plots.style_of("humanline")["color"] == of_prediction["color"]
+
+
+def test_every_peer_has_a_look_of_its_own():
+    assert set(plots.PEERS) == {peer.name for peer in PEERS} | {plots.FLOOR}
+    colours = [colour for name, (colour, _, _) in plots.PEERS.items() if name != plots.FLOOR]
+    assert len(set(colours)) == len(colours)
+
+
+def test_the_committed_figures_name_peers_as_the_results_do():
+    for results in committed():
+        for plot in plots.figures(results):
+            named = {name for name in plot.points if ": " not in name}
+            named |= {n for name, bars in plot.points.items() if ": " in name for n, _ in bars}
+            assert {name.removesuffix(plots.PREDICTED) for name in named} <= set(plots.PEERS)
+
+
+@pytest.mark.parametrize(
+    "values, end", [([1.0, 2.0], 2.0), ([1.0, 2.1], 1.3), ([1, 2, 50], 2.6), ([5.0], 5.0)]
+)
+def test_one_bar_does_not_take_most_of_the_width(values, end):
+    assert plots.scale_end(values) == pytest.approx(end)
+
+
+def test_predictions_do_not_squeeze_what_was_measured():
+    for results in committed():
+        for plot in plots.tokens(results):
+            measured = [x for n, line in plot.points.items() for x, _ in line if n in plots.PEERS]
+            drawn = [x for line in plot.points.values() for x, _ in line]
+            assert max(drawn) <= 4 * max(measured)
+            assert ("predicted" in plot.title) == ("humanline, predicted" in plot.points)
 
 
 def test_committed_plots_are_of_the_committed_results():
-    wanted = {"bench/results/model/predicted-memory-tokens": plots.memory_at_scale()[2]}
+    model = plots.memory_at_scale()
+    wanted = {f"bench/results/model/{model.name}": model.points}
     for results in committed():
         folder = (results.path.parent / "plots").relative_to(ROOT)
-        wanted |= {f"{folder}/{name}": points for name, _, points, _ in plots.figures(results)}
+        wanted |= {f"{folder}/{plot.name}": plot.points for plot in plots.figures(results)}
     for name, points in wanted.items():
         for suffix in (".png", ".svg"):
             file = ROOT / (name + suffix)
