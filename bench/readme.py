@@ -109,9 +109,9 @@ def headline() -> str:
             f'<img src="{figure}" alt="{figure.stem}" width="100%">',
             "",
             f"Measured on one {e['device']} (torch {e['torch'].split('+')[0]}), forward and "
-            "backward over 8,192 tokens with a vocabulary of 151,936, in bfloat16; memory is what comes on "
-            "top of the inputs. The bare GEMMs, or the bare copy, are what nobody can do without; "
-            "eager is how trainers write it. Liger computes the reference of DPO too; "
+            "backward over 8,192 tokens with a vocabulary of 151,936, in bfloat16; memory is what "
+            "comes on top of the inputs. The bare GEMMs, or the bare copy, are what nobody can do "
+            "without; eager is how trainers write it. Liger computes the reference of DPO too; "
             "cut-cross-entropy the log-probs, the loss is then the trainers'. "
             "[All numbers](bench/README.md#on-a-gpu).",
             "",
