@@ -194,3 +194,10 @@ def test_links_lead_somewhere(page):
         target = Path(page.parent / name).resolve() if name else page
         assert target.exists() and target.is_relative_to(pages.ROOT), link
         assert not anchor or anchor in anchors(target), link
+
+
+@pytest.mark.parametrize("page", pages.pages(), ids=lambda page: str(page.relative_to(pages.ROOT)))
+def test_files_that_are_named_are_there(page):
+    named = r"`((?:tests|bench|humanline|kernels)/[\w/.-]+\.(?:py|json|sh))`"
+    for name in re.findall(named, page.read_text(encoding="utf-8")):
+        assert (pages.ROOT / name).exists(), name

@@ -3,8 +3,8 @@
     plugins:
       - humanline.integrations.axolotl.HumanlinePlugin
     rl: dpo
-    log_eps_P: -0.05
-    log_eps_R: 0.05
+    log_eps_P: -1.5
+    log_eps_R: 1.5
     sync_every: 1
 
 Axolotl's trainers are TRL's: which of them can be humanline, and under which versions of TRL, is up

@@ -3,7 +3,7 @@
 >>> import torch
 >>> from humanline.integrations.trl import HumanlineDPOConfig, HumanlineDPOTrainer
 >>> use_cpu = not torch.accelerator.is_available()
->>> args = HumanlineDPOConfig(log_eps_P=-0.5, log_eps_R=0.5, sync_every=1, use_cpu=use_cpu)
+>>> args = HumanlineDPOConfig(log_eps_P=-1.5, log_eps_R=1.5, sync_every=1, use_cpu=use_cpu)
 >>> HumanlineDPOTrainer(model, args=args, train_dataset=pairs).train()  # doctest: +SKIP
 
 With ``humanline=False`` they are TRL's trainers, bit for bit. :func:`apply_humanline` turns a
