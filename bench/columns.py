@@ -255,7 +255,7 @@ def plot(lines: list[Line], path: Path) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, help="folder of a Hugging Face model")
-    parser.add_argument("--text", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--text", type=Path, default=ROOT / "LICENSE")
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--rounds", type=int, default=5)

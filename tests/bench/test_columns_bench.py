@@ -57,9 +57,9 @@ def test_errors_on_the_rows_of_a_real_model(tolerance, monkeypatch):
     monkeypatch.setattr(columns, "TOLERANCES", (tolerance,))
     monkeypatch.setattr(columns, "peers_of", lambda case: [])
     monkeypatch.setattr(columns, "peak_bytes", lambda *_: 0)
-    batch = columns.real_batch("text", real_model(), ROOT / "README.md", 256)
+    batch = columns.real_batch("text", real_model(), ROOT / "LICENSE", 256)
     torch.set_num_threads(1)
     (line,) = columns.measure(batch, "text", 1)
     assert 0.05 < line.kept < 0.6
     assert tolerance / 2 < line.weight_error <= 1.5 * tolerance
-    assert line.hidden_error <= 5 * tolerance
+    assert line.hidden_error <= 5.5 * tolerance
