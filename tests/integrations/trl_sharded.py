@@ -5,7 +5,6 @@ torchrun --nproc-per-node 2 trl_sharded.py folder engine
 
 import os
 import sys
-import time
 import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,9 +15,11 @@ import trl_tiny as tiny
 from gloo_engines import engine
 from peft import LoraConfig
 from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_leaves
 from transformers import LlamaForCausalLM
 
 from humanline.integrations import trl
+from humanline.sharding import local_shard
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,7 @@ CASES = {
     "dpo lora": Case(lora="attention"),
     "dpo lora head": Case(lora="lm_head", options=TWICE),
     "dpo lora saved": Case(lora="saved"),
+    "trl's lora saved": Case(lora="saved", options={"humanline": False}),
     "dpo loaded by the trainer": Case(by_path=True),
     "dpo loaded by the trainer, adapter": Case(by_path=True, reference="adapter"),
     "kto": Case("KTO"),
@@ -95,7 +97,7 @@ CASES = {
 OF_ENGINE = {
     "ddp": ["dpo lookahead", "kto", "kto lora head"],
     "zero2": ["dpo lora head", "kto"],
-    "fsdp2": list(CASES),
+    "fsdp2": [name for name in CASES if not CASES[name].by_path],
     "fsdp2 loading once": ["dpo loaded by the trainer"],
     "zero3": [
         "dpo",
@@ -108,6 +110,12 @@ OF_ENGINE = {
     ],
     # Most of the weights are small enough for ZeRO-3 to keep them whole.
     "zero3 persistent": ["dpo", "dpo tied adapter", "dpo lora head"],
+}
+#: What each engine trains again from a checkpoint.
+RESUMED = {
+    "ddp": ["dpo lookahead"],
+    "fsdp2": ["dpo", "dpo adapter", "dpo lora head"],
+    "zero3": ["dpo", "dpo lora head"],
 }
 #: Those that processes started once run one after the other, by DeepSpeed or without it.
 WORLDS = {
@@ -125,7 +133,7 @@ def result(run: Any) -> dict[str, Any]:
     """What a run logged, its weights and its reference's."""
     names = ("loss", "grad_norm", "humanline/unclamped")
     return {
-        "log": [[float(row[n]) for n in names] for row in run.state.log_history[:-1]],
+        "log": [[float(row.get(n, 1)) for n in names] for row in run.state.log_history[:-1]],
         "weights": {n: whole(p) for n, p in run.model.named_parameters()},
         "processes": run.accelerator.num_processes,
     }
@@ -153,19 +161,42 @@ def read(folder: Path, engine: str, name: str) -> dict[str, Any]:
     return found
 
 
+def resumed(folder: Path, name: str, case: str) -> dict[str, Any]:
+    """What this rank holds after a whole run, and after one that goes on from its middle."""
+    found = {}
+    output = folder / f"{name} {case} resumed"
+    saving = {"output_dir": str(output), "save_strategy": "steps", "save_steps": 2}
+    saving |= {"optim": "adamw_torch", "learning_rate": 0.01}  # torch asks for some state
+    for kind, checkpoint in (("whole", None), ("resumed", f"{output}/checkpoint-2")):
+        with engine(name, **SETTINGS.get(name, {})) as options:
+            options = options | saving | {"resume_from_checkpoint": checkpoint}
+            run = CASES[case].train(folder, f"{name} {case}", 2, **options)
+            state = tree_leaves(run.reference.state_dict())
+            found[kind] = {
+                "last": result(run)["log"][-1],
+                "weights": [local_shard(p).detach().clone() for p in run.model.parameters()],
+                "reference": [x.clone() if isinstance(x, torch.Tensor) else x for x in state],
+            }
+    return found
+
+
 def main(folder: Path, world: str, only: list[str]) -> None:
     for name in WORLDS[world]:
         for case in only or OF_ENGINE[name]:
-            start = time.time()
             try:
                 with engine(name.split()[0], **SETTINGS.get(name, {})) as options:
-                    run = CASES[case].train(folder, f"{name} {case}", 2, **options)
-                    found = result(run)
+                    found = result(CASES[case].train(folder, f"{name} {case}", 2, **options))
             except Exception:
                 found = {"error": traceback.format_exc()}
             if os.environ["RANK"] == "0":
                 torch.save(found, place(folder, name, case))
-                print(name, case, f"{time.time() - start:.1f} s", flush=True)
+        for case in RESUMED.get(name, ()):
+            try:
+                found = resumed(folder, name, case)
+            except Exception:
+                found = {"error": traceback.format_exc()}
+            rank = os.environ["RANK"]
+            torch.save(found, place(folder, name, f"{case} resumed {rank}"))
 
 
 if __name__ == "__main__":

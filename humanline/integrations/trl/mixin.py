@@ -138,12 +138,24 @@ class HumanlineMixin:
         rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
         return f"{STATE}_{rank}_of_{ranks}.pt" if self._each_rank_saves else f"{STATE}.pt"
 
+    def _load_from_checkpoint(self, resume_from_checkpoint, *args, **kwargs):
+        if self.humanline:  # says what is wrong before anything else can be
+            self._state_in(resume_from_checkpoint)
+        return super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
+
+    def _state_in(self, checkpoint: str) -> Path:
+        path = Path(checkpoint) / self._state_file
+        require(path.is_file(), lambda: _missing(path))
+        return path
+
     def _load_optimizer_and_scheduler(self, checkpoint):
+        if self.humanline and checkpoint is not None:
+            path = self._state_in(checkpoint)
         super()._load_optimizer_and_scheduler(checkpoint)
         if self.humanline and checkpoint is not None:
-            path = Path(checkpoint) / self._state_file
-            require(path.is_file(), lambda: _missing(path))
-            state = torch.load(path, map_location=self.accelerator.device, weights_only=True)
+            device = self.accelerator.device  # "cpu:0" under DDP, which torch.load does not know
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = tree_map_only(Tensor, lambda t: t.to(device), state)
             self.reference.load_state_dict(state)
 
 
