@@ -40,9 +40,12 @@ from humanline.kernels import (
     masses,
     matmul,
     move_rows,
+    outer,
+    put_rows,
     scale,
     sequence_loss,
     sequence_policy,
+    take_columns,
     token_logps,
     token_loss,
     token_policy,
@@ -70,9 +73,11 @@ INTEGERS = {
         "tiles_per_chunk",
         "group",
         "stride",
+        "K",
+        "rank",
     ),
     *("row_stride", "rows_per_batch", "batch_stride_rows"),
-    *("hidden_stride", "weight_stride", "dz_stride", "out_stride", "x_stride"),
+    *("hidden_stride", "weight_stride", "dz_stride", "out_stride", "x_stride", "to_stride"),
 }
 LOSS = token_loss.humanline_token_loss
 HEAD, HEAD_GRADIENT = linear_logps.humanline_linear_logps, linear_logps.humanline_linear_gradient
@@ -112,6 +117,9 @@ VARIANTS = {
     "scale": (scale.humanline_scale, {}),
     "energies": (columns.humanline_column_sums, {"SQUARED": True}),
     "masses": (masses.humanline_masses, {}),
+    "columns taken": (take_columns.humanline_take_columns, {}),
+    "rows put": (put_rows.humanline_put_rows, {"ADD": False}),
+    "outer": (outer.humanline_outer, {"ADD": False}),
     "pairs": (sequence_loss.humanline_sequence_loss, {"KIND": "sigmoid", "PAIRED": True}),
     "sequences": (sequence_loss.humanline_sequence_loss, {"KIND": "kto", "PAIRED": False}),
     "ratios": (sequence_policy.humanline_sequence_policy, {"KIND": 2, "PENALTY": 3}),
@@ -133,6 +141,7 @@ GEMMS = {
     "dH": (matmul.humanline_matmul_hidden, {"SCALE": True, "INDEX": True}),
     "dW": (matmul.humanline_matmul_weight, {}),
 }
+OF_DTYPE = {"logits_ptr", "grad_ptr", "x_ptr", "dz_ptr", "hidden_ptr", "out_ptr", "to_ptr"}
 REGISTERS, THREADS = 65_536, 2_048  # of an SM
 
 # How tiles are loaded and multiplied: what the machine code calls it, what the report does.
@@ -296,7 +305,7 @@ def _compile(
 
 
 def _type(argument: str, dtype: str) -> str:
-    if argument in ("logits_ptr", "grad_ptr", "x_ptr", "dz_ptr", "hidden_ptr", "out_ptr"):
+    if argument in OF_DTYPE:
         return f"*{dtype}"
     if argument in {
         *("labels_ptr", "index_ptr", "kept_ptr", "order_ptr", "tokens_ptr", "cu_seqlens_ptr")

@@ -14,6 +14,7 @@ from humanline.ops.hidden.blocks import (
     stack_sizes,
     whole_blocks,
 )
+from humanline.ops.hidden.gemms import RANK
 from humanline.ops.logits.blocks import BLOCK_BYTES
 
 
@@ -429,17 +430,19 @@ def with_columns_left_out(t: Tail, kept: float) -> Cost:
 
 def _left_out(t: Tail, products: int, kept: float, fused: bool) -> list[Kernel]:
     """What ops/hidden/columns.py adds: passes for the energies, for what each row leaves out and
-    the fit to it, for columns gathered; and of the weight, for each time that it is multiplied."""
+    the fit to it, for columns moved to the front; and of the weight, for each time that it is
+    multiplied, the sum over its rows, rows gathered, and rows of its gradient put in place."""
     energies = 0 if fused else t.b
     # A CPU sums what it widens some rows at a time, a GPU's kernels read it as it is.
     a_weight = [t.widened + 4 if t.is_cpu else t.b, 2 * t.b * kept]
-    if t.trained:
-        a_weight.append(t.b if products == 1 else 8)
-    return [
-        *t.moved(energies, t.widened + 8 if t.is_cpu else 2 * t.b),
-        *t.moved(2 * t.b * kept * (1 + t.trained)),
-        *t.copies_of_weight(*a_weight) * products,
-    ]
+    passes = t.moved(energies, t.widened + 8 if t.is_cpu else 2 * t.b)
+    passes += t.moved(2 * t.b * kept * (1 + t.is_cpu))
+    if t.trained and products == 1:
+        a_weight += [2 * t.b * kept, t.b]
+    elif t.trained:
+        a_weight.append(12 * kept)
+        passes += t.copies_of_weight(8) * (products if t.is_cpu else math.ceil(products / RANK))
+    return passes + t.copies_of_weight(*a_weight) * products
 
 
 def _ours_from_hidden(t: Tail, blocks: Blocks, share: float, kept: float = 1) -> Cost:

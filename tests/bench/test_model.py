@@ -120,5 +120,5 @@ def test_columns_left_out_spare_their_share_of_two_products():
         flops = sum(kernel.flops for kernel in few.gemms)
         assert flops == pytest.approx(one * (1 + (1 + (not frozen)) * 0.25))
         moved = [sum(k.bytes for k in cost.passes) for cost in (exact, most)]
-        assert moved[1] > moved[0] + 4 * t.b * t.logits  # energies, masses, fit, gathered
+        assert moved[1] > moved[0] + 4 * t.b * t.logits  # energies, masses, fit, columns moved
         assert exact == COSTS["humanline"](t)

@@ -34,8 +34,8 @@ launch = JITFunction.run
 JITFunction.run = lambda self, *a, grid, warmup, **k: launch(self, *a, grid=grid, warmup=True, **k)
 
 from humanline.kernels import (
-    columns, head_rows, linear_logps, masses, matmul, move_rows, scale, sequence_loss,
-    sequence_policy, token_logps, token_loss, token_policy, token_stats
+    columns, head_rows, linear_logps, masses, matmul, move_rows, outer, put_rows, scale,
+    sequence_loss, sequence_policy, take_columns, token_logps, token_loss, token_policy, token_stats
 )
 from humanline.kernels.token_epilogue import TokenLoss
 
@@ -54,6 +54,9 @@ ROWS = (
     token_stats.humanline_token_stats_total,
     columns.humanline_column_sums,
     masses.humanline_masses,
+    take_columns.humanline_take_columns,
+    put_rows.humanline_put_rows,
+    outer.humanline_outer,
 )
 GEMMS = (
     linear_logps.humanline_linear_logps,
@@ -123,6 +126,10 @@ def run_rows(batch, length, x, vocab, shifted=False, dtype=torch.float32):
     move_rows.move_rows_(z, torch.arange(len(z)))
     columns.column_energies(z, z[:, 0])
     masses.masses(z, z[0])
+    some = torch.arange(batch)
+    take_columns.take_columns_(z, some)
+    put_rows.put_rows_(z, some, z)
+    outer.outer_(torch.empty(8, vocab), z[:batch, :8], z[:batch])
     return compiled(ROWS)
 
 
@@ -176,7 +183,7 @@ def compilations(what, vocab=0):
 
 @pytest.mark.parametrize("vocab", [4096, 50257])
 def test_lengths_and_hyperparameters_compile_nothing(vocab):
-    assert compilations("rows", vocab) == [[1] * 14] * 7
+    assert compilations("rows", vocab) == [[1] * 17] * 7
 
 
 def test_numbers_of_rows_and_head_options_compile_nothing():
@@ -186,4 +193,4 @@ def test_numbers_of_rows_and_head_options_compile_nothing():
 def test_row_values_in_float64_compile():
     """Such as log-probs of a reference computed elsewhere; the interpreter hides what the compiler
     makes of two dtypes in one sum."""
-    assert compilations("float64", 4096) == [[1] * 14, [1] * 5]
+    assert compilations("float64", 4096) == [[1] * 17, [1] * 5]

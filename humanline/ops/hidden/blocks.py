@@ -25,9 +25,11 @@ from humanline.ops.temperature import divide_by_temperature
 CPU_BLOCK_ROWS = 512
 TILE_ROWS = 128  # of a GPU's GEMMs
 MIN_ROWS = 256  # to multiply a weight by while it is read, on an H100
+# What an H100 multiplies in the time that it moves a byte: half precision; float32.
+FLOPS_A_BYTE, FLOPS_A_BYTE_FLOAT32 = 230, 20
 # The widest head whose logits are cheaper formed twice than written, on a GPU: a product more is 2H
 # FLOPs a logit, the bytes it spares are 12 (written and read twice in float32, less what the GEMM
-# that forms them again writes). An H100 multiplies 230 FLOPs in the time that it moves a byte.
+# that forms them again writes).
 NARROW = 1280
 
 #: Looks at a block: the indices ``[n]`` of its rows and their logits ``[n, V]``, which it may read

@@ -3,17 +3,18 @@
 In a block of rows most of the vocabulary is so improbable everywhere that its part of the gradient
 is far below the rounding of what is kept. For a tolerance δ > 0 the columns of least energy
 ``e_v = Σ_t (scale_t · dz_tv)²`` are left out, as many as keep what the block lacks of its gradient
-under δ in the Frobenius norm: ``Σ_out e_v ≤ δ² Σ e_v``. The labels' columns always stay. Both
-products then run over the share ρ of columns that is left, gathered a tile at a time: 2·ρ·F in
-place of 2F. Where ρ is more than ``DENSE_SHARE``, gathering would cost what it saves, and the block
-is multiplied as it is.
+under δ in the Frobenius norm: ``Σ_out e_v ≤ δ² Σ e_v``. The labels' columns always stay, and move
+to the front of the gradient's own memory. Both products then run over the share ρ of columns that
+is left: 2·ρ·F in place of 2F. Where ρ is more than :func:`dense_share`, leaving columns out would
+cost what it saves, and the block is multiplied as it is.
 
 What is left out, ``D [n, V]``, is nearly of rank 1, for rows agree on what they find improbable:
 ``D ≈ m qᵀ`` with ``m`` the sums of its rows and ``q`` the least-squares fit to them, which is never
 worse than 0, whatever sign the coefficients have and whether or not an entropy or a softcap takes
 part. That is put back: ``m (qᵀ W)`` into the gradient of hidden states, ``q (mᵀ h)`` into that of
 the weight, whose rows thus all get one. It costs vectors: two reads of dz, one of the weight, one
-pass over the weight's gradient. The gradient of the bias is a vector itself, and exact.
+pass over the weight's gradient (where that is summed over blocks, one for ``gemms.RANK`` of them).
+The gradient of the bias is a vector itself, and exact: it is taken before columns move.
 
 Deterministic: energies are summed in a fixed order, compared as whole numbers, and equal ones go by
 index.
@@ -31,9 +32,12 @@ from torch import Tensor
 from humanline import checks
 from humanline.dtypes import compute_dtype
 from humanline.ops.hidden import gemms
+from humanline.ops.hidden.blocks import FLOPS_A_BYTE, FLOPS_A_BYTE_FLOAT32
 
-#: Where more is kept than this, all is.
+#: Where more is kept than this, all is, on a CPU.
 DENSE_SHARE = 0.7
+#: What a GPU moves while columns are chosen in a block, some forty small launches and a read.
+CHOOSING_BYTES = 1e9
 
 _UNITS = 2.0**60  # of a block's energy: their sum stays an int64
 _TILE_ELEMENTS = 2**22  # on a CPU: of dz and of the weight, gathered at a time
@@ -62,7 +66,7 @@ class Columns:
 
     Args:
         tolerance: δ in [0, 1); at 0 every block keeps all.
-        device: of the statistic.
+        hidden: ``[..., H]``, whose device and width are those of all blocks.
         backend: "triton" takes the energies by a kernel.
 
     Attributes:
@@ -71,9 +75,10 @@ class Columns:
             written when blocks are chosen; 0 as long as there was none.
     """
 
-    def __init__(self, tolerance: float, device: torch.device, backend: str = "torch"):
+    def __init__(self, tolerance: float, hidden: Tensor, backend: str = "torch"):
         self.tolerance, self._backend = float(tolerance), backend
-        self.share = torch.zeros((), device=device) if tolerance else None
+        self._width = hidden.shape[-1]
+        self.share = torch.zeros((), device=hidden.device) if tolerance else None
         self._rows = self._kept = 0
 
     def choose(
@@ -95,7 +100,7 @@ class Columns:
         if energies is None:
             energies = self._energies(dz, weights)
         columns = fewest(energies, labels, self.tolerance)
-        if len(columns) > DENSE_SHARE * vocab:
+        if len(columns) > dense_share(dz, self._width) * vocab:
             columns = None
         self._rows += n
         self._kept += n * (vocab if columns is None else len(columns))
@@ -111,6 +116,23 @@ class Columns:
         for some, x in _in_floats(dz):
             total.addmv_(x.square().T, weights[some])
         return total
+
+
+def dense_share(dz: Tensor, width: int) -> float:
+    """The share of columns below which it is worth to leave the others out.
+
+    A GPU spares two products of 2H FLOPs for each logit left out, and moves, for each logit there
+    is, what the sums and what stays take (read twice, read and written); for each element of the
+    weight, a line of it in n, the sum over its rows and an outer product, and rows gathered and put
+    back. An estimate to within a tenth of the share, which costs little where it errs.
+    """
+    if checks.free_to_read(dz):
+        return DENSE_SHARE
+    (n, vocab), size = dz.shape, dz.element_size()
+    spared = 4 * width / (FLOPS_A_BYTE if size == 2 else FLOPS_A_BYTE_FLOAT32)
+    always = 3 * size + 2 * size * width / n + CHOOSING_BYTES / (n * vocab)
+    a_kept = size + 6 * size * width / n
+    return (spared - always) / (spared + a_kept)
 
 
 def row_weights(scale: Tensor) -> Tensor:
@@ -153,7 +175,7 @@ class Kept:
         columns: int64 ``[K]``, in order.
         mass: ``m``, the sum of what each row leaves out, ``[n]``.
         fit: ``q [V]``, 0 at the columns that are kept: ``m qᵀ`` is nearly what is left out.
-        backend: "triton" takes sums by kernels, which widen nothing in memory.
+        backend: "triton" moves and sums by kernels, which widen nothing in memory.
     """
 
     columns: Tensor
@@ -170,42 +192,96 @@ class Kept:
         squared = (weights * mass).dot(mass).clamp(min=least)
         return cls(columns, mass, fit.mul_(out / squared), backend)
 
+    def take_(self, dz: Tensor) -> Tensor:
+        """The columns kept, ``[n, K]``: moved to the front of ``dz [n, V]``, whose others are lost.
+        What the products below take."""
+        if self.backend == "triton":
+            from humanline.kernels.take_columns import take_columns_
+
+            return take_columns_(dz, self.columns)
+        for place, tile in self._tiles(len(dz), 1):
+            dz[:, place] = dz[:, tile]  # a copy of these, which lie there or behind
+        return dz[:, : len(self.columns)]
+
     def hidden_gradient(self, dz: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-        """``dz @ weight [n, H]`` in float32 (float64 from float64); ``labels [n]`` of the rows."""
+        """``dz @ weight [n, H]`` in float32 (float64 from float64) of the columns ``dz [n, K]``;
+        ``labels [n]`` of the rows."""
         of_fit = _weighted_sum(weight, self.fit, self.backend)
         product = self.mass[:, None] * of_fit
-        if gemms.rounds_products(weight):  # as in gemms.hidden_gradient
-            at_label = labels.long()[:, None]
-            product.addcmul_(dz.gather(1, at_label).to(product.dtype), weight[at_label[:, 0]])
-        for tile in self._tiles(len(dz), weight.shape[1]):
-            gathered = dz[:, tile]
-            if gemms.rounds_products(weight):
-                gathered.masked_fill_(tile == labels[:, None], 0)
-            gemms.add_product_(product, gathered, weight[tile])
+        rounds = gemms.rounds_products(weight)
+        if rounds:  # as in gemms.hidden_gradient
+            labels = labels.long()
+            at_label = torch.searchsorted(self.columns, labels)[:, None]
+            product.addcmul_(dz.gather(1, at_label).to(product.dtype), weight[labels])
+        for place, tile in self._tiles(len(dz), weight.shape[1]):
+            of_tile = dz[:, place]
+            if rounds:
+                of_tile = of_tile.to(weight.dtype, copy=True)
+                of_tile.masked_fill_(tile == labels[:, None], 0)
+            gemms.add_product_(product, of_tile, weight[tile])
         return product
 
     def add_weight_gradient_(self, total: Tensor, dz: Tensor, scale: Tensor, h: Tensor) -> Tensor:
-        """``total [V, H] += dzᵀ @ (scale·h)``, in float32 or float64; returns ``total``."""
-        total.addr_(self.fit, self._of_left_out(scale, h))
-        for tile in self._tiles(len(dz), h.shape[1]):
-            total.index_add_(0, tile, gemms.weight_gradient(dz[:, tile], scale, h))
+        """``total [V, H] += dzᵀ @ (scale·h)`` of the columns ``dz [n, K]`` alone, in float32 or
+        float64; returns ``total``."""
+        for place, tile in self._tiles(len(dz), h.shape[1]):
+            product = gemms.weight_gradient(dz[:, place], scale, h)
+            _put_rows_(total, tile, product, self.backend, add=True)
         return total
 
     def rounded_weight_gradient(self, dz: Tensor, scale: Tensor, h: Tensor) -> Tensor:
-        """``dzᵀ @ (scale·h)``, ``[V, H]`` in the dtype of ``h``, rounded once."""
-        left_out = self.fit[:, None], self._of_left_out(scale, h)
-        dw = torch.mul(*left_out, out=h.new_empty(dz.shape[1], h.shape[1]))
-        for tile in self._tiles(len(dz), h.shape[1]):
-            dw[tile] = gemms.rounded_weight_gradient(dz[:, tile], scale, h)
+        """``dzᵀ @ (scale·h)`` of the columns ``dz [n, K]``, and nearly of the others: ``[V, H]`` in
+        the dtype of ``h``, rounded once."""
+        dw = h.new_empty(len(self.fit), h.shape[1])
+        self._outer_(dw, *self.left_out(scale, h))
+        for place, tile in self._tiles(len(dz), h.shape[1]):
+            product = gemms.rounded_weight_gradient(dz[:, place], scale, h)
+            _put_rows_(dw, tile, product, self.backend)
         return dw
 
-    def _of_left_out(self, scale: Tensor, h: Tensor) -> Tensor:
-        """``mᵀ (scale·h)``, ``[H]``."""
-        return h.to(self.mass.dtype).T @ (scale * self.mass)
+    def left_out(self, scale: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        """``q [V]`` and ``mᵀ (scale·h) [H]``, whose outer product the weight's gradient nearly has
+        of the columns left out."""
+        return self.fit, h.to(self.mass.dtype).T @ (scale * self.mass)
 
-    def _tiles(self, rows: int, width: int) -> tuple[Tensor, ...]:
+    def add_left_out_(self, total: Tensor, left_out: list[tuple[Tensor, Tensor]]) -> None:
+        """``total [V, H] +=`` the outer products, of this block and others, in float32 or float64:
+        one pass over it."""
+        if self.backend == "triton":
+            from humanline.kernels.outer import outer_
+
+            outer_(total, *map(torch.stack, zip(*left_out, strict=True)), add=True)
+        else:
+            for column, row in left_out:
+                total.addr_(column, row)
+
+    def _outer_(self, out: Tensor, column: Tensor, row: Tensor) -> None:
+        if self.backend == "triton":
+            from humanline.kernels.outer import outer_
+
+            outer_(out, column[None], row[None])
+        else:
+            torch.mul(column[:, None], row, out=out)
+
+    def _tiles(self, rows: int, width: int) -> Iterator[tuple[slice, Tensor]]:
+        """Some of the columns kept at a time: their places among these, and which they are."""
         elements = _TILE_ELEMENTS if checks.free_to_read(self.columns) else _GPU_TILE_ELEMENTS
-        return self.columns.split(max(1, elements // max(rows, width)))
+        start = 0
+        for tile in self.columns.split(max(1, elements // max(rows, width))):
+            yield slice(start, start + len(tile)), tile
+            start += len(tile)
+
+
+def _put_rows_(to: Tensor, rows: Tensor, x: Tensor, backend: str, add: bool = False) -> None:
+    """``to[rows] = x``, or ``+=``."""
+    if backend == "triton":
+        from humanline.kernels.put_rows import put_rows_
+
+        put_rows_(to, rows, x, add)
+    elif add:
+        to.index_add_(0, rows, x)
+    else:
+        to[rows] = x
 
 
 def _sums(dz: Tensor, weights: Tensor, out: Tensor, backend: str) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 _TILE_FLOATS = 2**20  # of the weight, widened at a time
 _FLOAT16_TILES = 8  # of the weight's gradient, in float32 one at a time
+RANK = 16  # blocks whose left-out columns are added to the weight's gradient together
 
 
 def _on_tensor_cores(x: Tensor) -> bool:
@@ -80,7 +81,7 @@ def hidden_gradient(
     kept: "Kept | None" = None,
 ) -> Tensor:
     """``scale · (dz @ weight)``, rows ``index``: one reduction over the vocabulary, in float32
-    but on its way out. Over the columns kept, and nearly over the others, if that is given.
+    but on its way out. With ``kept``, ``dz [n, K]`` has these columns; nearly over the others, too.
 
     A CPU has no GEMM from half precision to float32, and what it rounds would be rounded again by
     the scale. Most of a row comes from its label: that part is added in float32, unrounded.
@@ -112,8 +113,8 @@ def write_hidden_gradient_(
     count: Tensor | None,
     kept: "Kept | None" = None,
 ) -> None:
-    """``dh[index] = scale · (dz @ weight)``, of the first ``count`` rows if that is given, over the
-    columns kept otherwise."""
+    """``dh[index] = scale · (dz @ weight)``, of the first ``count`` rows if that is given;
+    ``kept`` as in :func:`hidden_gradient`."""
     if count is None:
         dh[index] = hidden_gradient(dz, weight, labels, index, scale, kept).to(dh.dtype)
     else:
@@ -170,7 +171,7 @@ def rounded_weight_gradient(
     dz: Tensor, scale: Tensor, h: Tensor, kept: "Kept | None" = None
 ) -> Tensor:
     """The same in the dtype of ``h``, rounded once, without a float32 matrix of the weight's size
-    where the GEMM can do so; over the columns kept if that is given."""
+    where the GEMM can do so; ``kept`` as in :func:`hidden_gradient`."""
     if kept is not None:
         return kept.rounded_weight_gradient(dz, scale, h)
     if not _on_tensor_cores(h):
@@ -219,18 +220,22 @@ def top(scale: Tensor) -> Tensor:
 
 
 class HeadGradients:
-    """Gradients summed up block by block, in float32 (float64 from float64).
-
-    Attributes:
-        weight, bias: None if not asked for.
-    """
+    """Gradients summed up block by block, in float32 (float64 from float64)."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, need_weight: bool, need_bias: bool):
         self._of_weight = weight if need_weight else None
         self._of_bias = bias if need_bias else None
         self._weight = self._bias = None  # until there is something to sum: no zeros are written
+        self._kept: Kept | None = None  # of the last block, and of blocks what is to be added
+        self._left_out: list[tuple[Tensor, Tensor]] = []
 
-    def add(
+    def add_bias(self, dz: Tensor, scale: Tensor, h: Tensor, count: Tensor | None = None) -> None:
+        """Add a block: ``dz [n, V]``, its rows still to be multiplied by ``scale [n]``; of them
+        the first ``count`` if that is given."""
+        if self._of_bias is not None:
+            self._bias = weight_gradient(dz, scale, ones_of(h), self._bias, count)
+
+    def add_weight(
         self,
         dz: Tensor,
         scale: Tensor,
@@ -238,30 +243,43 @@ class HeadGradients:
         count: Tensor | None = None,
         kept: "Kept | None" = None,
     ) -> None:
-        """Add a block: ``dz [n, V]``, its rows still to be multiplied by ``scale [n]``; of them
-        the first ``count`` if that is given, and of the weight's the columns kept."""
-        if self._of_weight is not None:
-            if kept is None:
-                self._weight = weight_gradient(dz, scale, h, self._weight, count)
-            else:
-                self._weight = kept.add_weight_gradient_(self.weight, dz, scale, h)
-        if self._of_bias is not None:
-            self._bias = weight_gradient(dz, scale, ones_of(h), self._bias, count)
+        """The same; with ``kept``, ``dz [n, K]`` has these columns."""
+        if self._of_weight is None:
+            return
+        if kept is None:
+            self._weight = weight_gradient(dz, scale, h, self._weight, count)
+            return
+        self._weight = kept.add_weight_gradient_(self._total(), dz, scale, h)
+        self._kept = kept
+        self._left_out.append(kept.left_out(scale, h))
+        if len(self._left_out) == RANK:
+            self._add_left_out()
+
+    def _add_left_out(self) -> None:
+        if self._left_out:
+            self._kept.add_left_out_(self._total(), self._left_out)
+            self._left_out.clear()
+
+    def _total(self) -> Tensor:
+        if self._weight is None:
+            of = self._of_weight
+            self._weight = torch.zeros_like(of, dtype=compute_dtype(of.dtype))
+        return self._weight
 
     @property
     def weight(self) -> Tensor | None:
-        return _or_zeros(self._weight, self._of_weight)
+        """Of the weight ``[V, H]``; None if not asked for."""
+        if self._of_weight is None:
+            return None
+        self._add_left_out()
+        return self._total()
 
     @property
     def bias(self) -> Tensor | None:
-        total = self._bias
-        return _or_zeros(None if total is None else total[:, 0], self._of_bias)
-
-
-def _or_zeros(total: Tensor | None, of: Tensor | None) -> Tensor | None:
-    if total is None and of is not None:
-        return torch.zeros_like(of, dtype=compute_dtype(of.dtype))
-    return total
+        """Of the bias ``[V]``; None if not asked for."""
+        if self._of_bias is None or self._bias is not None:
+            return None if self._bias is None else self._bias[:, 0]
+        return torch.zeros_like(self._of_bias, dtype=compute_dtype(self._of_bias.dtype))
 
 
 def ones_of(h: Tensor) -> Tensor:

@@ -66,8 +66,12 @@ class BlockGradients:
 
     def multiply(self, dz: Tensor, scale: Tensor, index: Tensor) -> None:
         """Add what rows ``index [n]`` contribute, ``dz [n, V]`` to be multiplied by ``scale``."""
+        h = self._hidden[index]
         kept = self._columns.choose(dz, scale, self._labels[index])
-        self.head.add(dz, scale, self._hidden[index], kept=kept)
+        self.head.add_bias(dz, scale, h)
+        if kept is not None:
+            dz = kept.take_(dz)
+        self.head.add_weight(dz, scale, h, kept=kept)
         if self.hidden is not None:
             if self.scales is not None:
                 self.scales[index], scale = scale, None

@@ -52,7 +52,7 @@ def linear_objective(
     gradient_tolerance: float,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss and statistics of a problem from ``hidden [..., H]`` and ``weight [V, H]``, checked."""
-    columns = Columns(gradient_tolerance, hidden.device, backend)
+    columns = Columns(gradient_tolerance, hidden, backend)
     loss, stats = _linear_objective(
         problem, hidden, weight, labels, head, workspace_bytes, backend, capturable, columns
     )

@@ -202,7 +202,12 @@ class _Stacked(torch.autograd.Function):
             dz, kept, scale = stack.empty()
             ctx.rows = some.original(kept)
             ctx.columns = columns.choose(dz, scale, labels[ctx.rows])
-            ctx.save_for_backward(dz, scale, hidden, weight, bias, labels)
+            db = None
+            if ctx.columns is not None:
+                if need[2]:
+                    db = weight_gradient(dz, scale, ones_of(hidden[ctx.rows]))[:, 0]
+                dz = ctx.columns.take_(dz)
+            ctx.save_for_backward(dz, scale, hidden, weight, bias, labels, db)
         else:
             sums = sums or BlockGradients(hidden, weight, bias, labels, *need, columns)
             some.multiply(stack, sums)
@@ -219,18 +224,20 @@ class _Stacked(torch.autograd.Function):
 
 def _multiplied(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients from the stack, in which all rows are that have one."""
-    dz, scale, hidden, weight, bias, labels = ctx.saved_tensors
+    dz, scale, hidden, weight, bias, labels, db = ctx.saved_tensors
     rows, (need_hidden, need_weight, need_bias) = ctx.rows, ctx.needs_input_grad[:3]
     scale = scale * grad
     h = hidden[rows]
-    dh = dw = db = None
+    dh = dw = None
     if need_hidden:
         dh = hidden_gradient(dz, weight, labels, rows, scale, ctx.columns).to(hidden.dtype)
         if len(dh) < len(hidden):
             dh = torch.zeros_like(hidden).index_copy_(0, _indices(rows, dh), dh)
     if need_weight:
         dw = rounded_weight_gradient(dz, scale, h, ctx.columns)
-    if need_bias:
+    if db is not None:  # taken before columns were left out
+        db = scaled_gradient(db, grad, bias.dtype)
+    elif need_bias:
         db = weight_gradient(dz, scale, ones_of(h))[:, 0].to(bias.dtype)
     return dh, dw, db
 

@@ -197,7 +197,7 @@ def logps_and_columns(
         backend = "torch"
     backend = choose_backend(hidden, backend)
     check_capturable(capturable, backend)
-    columns = Columns(gradient_tolerance, hidden.device, backend)
+    columns = Columns(gradient_tolerance, hidden, backend)
     result = head_logps(
         *(hidden, weight, labels, head),
         return_entropy=return_entropy,
@@ -329,6 +329,8 @@ def _by_blocks(
         if ctx.unit:
             dz = block.gradient()
             keep = ctx.columns.choose(dz, None, labels[block.index])
+            if keep is not None:
+                dz = keep.take_(dz)
             unit = hidden_gradient(dz, weight, labels, block.index, kept=keep)
             dh[block.index] = unit if isinstance(block.index, slice) else unit.to(dh.dtype)
     return logps, entropy, dh
@@ -355,7 +357,10 @@ def _recompute(ctx, coefficients: Coefficients) -> tuple[Tensor | None, ...]:
         else:
             dz = block.gradient(of_logp, of_entropy)
         keep = ctx.columns.choose(dz, scale, labels[block.index], energies)
-        sums.add(dz, scale, block.hidden, block.count, keep)
+        sums.add_bias(dz, scale, block.hidden, block.count)
+        if keep is not None:
+            dz = keep.take_(dz)
+        sums.add_weight(dz, scale, block.hidden, block.count, keep)
         if need_hidden:
             write_hidden_gradient_(dh, dz, weight, labels, scale, block.index, block.count, keep)
     block = dz = None  # the workspace goes before the sum is rounded into memory of its own

@@ -107,7 +107,7 @@ def test_products_of_token_logps(frozen):
     hidden, weight, labels = sharp()
     hidden.requires_grad_()
     weight.requires_grad_(not frozen)
-    columns = Columns(1e-2, hidden.device)
+    columns = Columns(1e-2, hidden)
     chosen = []
     original = columns.choose
 
