@@ -76,10 +76,17 @@ def group_advantages(
     everyones, own = gather_over_ranks(rewards.detach().double())
     groups, _ = gather_over_ranks(prompt_ids.long())
     dtype = at_least_float32(rewards).dtype
-    return _advantages(everyones, groups, scale, correction, epsilon)[own].to(dtype)
+    return advantages_of_groups(everyones, groups, scale, correction, epsilon)[own].to(dtype)
 
 
-def _advantages(r: Tensor, groups: Tensor, scale: str, correction: int, epsilon: float) -> Tensor:
+def advantages_of_groups(
+    r: Tensor,
+    groups: Tensor,
+    scale: str = "group",
+    correction: int = 1,
+    epsilon: float = 1e-4,
+) -> Tensor:
+    """:func:`group_advantages` of float64 rewards that are all here, whatever other ranks have."""
     if not len(r):
         return r
     order = groups.argsort(stable=True)

@@ -2,15 +2,19 @@
 
 import argparse
 import importlib.util
+import os
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from humanline import install
 from humanline.training.config import DEFAULTS, TrainConfig, flag
-from humanline.training.errors import UserError
+from humanline.training.errors import SharedError, UserError
+from humanline.training.launch import is_first
 from humanline.version import __version__
 
 INTERRUPTED = 130  # what shells report for a process ended by Ctrl-C
@@ -33,7 +37,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return run(args, argv)
     except UserError as error:
-        print(f"humanline: error: {error}", file=sys.stderr)
+        if is_first():
+            print(f"humanline: error: {error}", file=sys.stderr)
+        elif not isinstance(error, SharedError):
+            print(f"humanline: error of rank {os.environ['RANK']}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("humanline: interrupted", file=sys.stderr)
@@ -57,7 +64,9 @@ def _add_train(commands) -> None:
         "train",
         help="fine-tune a model on preferences or rewards, offline",
         description="Fine-tune a model on preferences or rewards, offline. With no options: "
-        "SmolLM2-135M-Instruct on arithmetic, with humanline DPO.",
+        "SmolLM2-135M-Instruct on arithmetic, with humanline DPO. On several GPUs: torchrun "
+        "--nproc-per-node N -m humanline train …, or accelerate launch -m humanline train …; the "
+        "batch sizes are those of one process.",
         allow_abbrev=False,
     )
     train.set_defaults(run=_train)
@@ -99,11 +108,22 @@ def _train(options: dict[str, Any], argv: list[str]) -> int:
         raise UserError("--resume and --overwrite exclude each other")
     output_dir = output_dir and Path(output_dir)
     try:
-        train(options, output_dir, resume=resume, overwrite=overwrite, strict=True)
+        with _quiet():
+            train(options, output_dir, resume=resume, overwrite=overwrite, strict=True)
     except Interrupted as interrupted:
-        print(f"humanline: {interrupted}", file=sys.stderr)
+        if is_first():
+            print(f"humanline: {interrupted}", file=sys.stderr)
         return INTERRUPTED
     return 0
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No warnings of other libraries, whose code the user cannot change: unless asked for."""
+    with warnings.catch_warnings():
+        if not sys.warnoptions:  # of -W or PYTHONWARNINGS
+            warnings.simplefilter("ignore")
+        yield
 
 
 def _bench(options: dict[str, Any], argv: list[str]) -> int:
@@ -122,7 +142,8 @@ def _bench(options: dict[str, Any], argv: list[str]) -> int:
 def _doctor(options: dict[str, Any], argv: list[str]) -> int:
     from humanline.doctor import report
 
-    print(report())
+    if is_first():
+        print(report())
     return 0
 
 

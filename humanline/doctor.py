@@ -10,6 +10,8 @@ import torch
 
 from humanline import install
 from humanline.ops.backend import HAS_TRITON, choose_backend
+from humanline.training import launch
+from humanline.training.errors import UserError
 from humanline.version import __version__
 
 _PACKAGES = ("triton", "transformers", "trl", "peft", "accelerate", "safetensors", "gguf")
@@ -25,6 +27,7 @@ def report() -> str:
         "",
         f"device        {_device()}",
         f"backend       {_backend()}",
+        f"launch        {_launch()}",
         "",
         *_extras(),
     ]
@@ -62,6 +65,25 @@ def _backend() -> str:
     else:
         why = f"a GPU, but no Triton: {sys.executable} -m pip install triton"
     return f"{chosen} ({why}{'' if HAS_TRITON or device == 'cuda' else '; no Triton either'})"
+
+
+def _launch() -> str:
+    """The processes that were started together with this one."""
+    try:
+        rank, ranks, local = launch.launched()
+    except UserError as error:
+        return f"broken: {error}"
+    if ranks == 1:
+        return "one process; several: torchrun --nproc-per-node N -m humanline train"
+    launcher = "torchrun" if torch.distributed.is_torchelastic_launched() else "another launcher"
+    engine = launch.other_engine()
+    gpus = torch.cuda.device_count()
+    return (
+        f"rank {rank} of {ranks} processes, local rank {local}, by {launcher}; "
+        f"{f'{gpus} GPUs, nccl' if gpus else 'gloo'}"
+        + (f"; each process needs a GPU of its own, and {local} has none" * (0 < gpus <= local))
+        + (f"; accelerate is configured for {engine}" if engine else "")
+    )
 
 
 def _extras() -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -225,6 +226,35 @@ def test_doctor_says_what_is_missing_for_which_extra(monkeypatch):
     text = doctor.report()
     assert f"no-such-package>=1, torch>=99: {install.command('train')}\n" in text
     assert "[test]        complete" in text
+
+
+@pytest.mark.parametrize(
+    "environment, expected",
+    [
+        ({}, "one process; several: torchrun"),
+        ({"WORLD_SIZE": "2"}, "broken: WORLD_SIZE is 2, but RANK, LOCAL_RANK"),
+        (
+            {"WORLD_SIZE": "4", "RANK": "0", "LOCAL_RANK": "1", "TORCHELASTIC_RUN_ID": "x"},
+            "rank 0 of 4 processes, local rank 1, by torchrun; ",
+        ),
+        (
+            {"WORLD_SIZE": "4", "RANK": "0", "LOCAL_RANK": "0", "ACCELERATE_USE_FSDP": "true"},
+            "rank 0 of 4 .*, by another launcher; .*; accelerate is configured for FSDP$",
+        ),
+        ({"WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1"}, None),
+    ],
+    ids=str,
+)
+def test_doctor_says_what_it_sees_of_the_launch(environment, expected, capsys, monkeypatch):
+    places = {"MASTER_ADDR": "localhost", "MASTER_PORT": "1"} if len(environment) > 1 else {}
+    for name, value in (environment | places).items():
+        monkeypatch.setenv(name, value)
+    assert cli.main(["doctor"]) == 0
+    text = capsys.readouterr().out
+    if expected is None:  # the first rank says it
+        assert text == ""
+    else:
+        assert re.search(f"^launch        {expected}", text, re.M), text
 
 
 def test_version_and_usage(capsys):

@@ -27,6 +27,7 @@ from humanline.reference import REFERENCES
 from humanline.training import arithmetic, data, evaluate, examples, score
 from humanline.training.config import TrainConfig
 from humanline.training.model import load_model, load_tokenizer, model_folder
+from humanline.training.ranks import Root
 from humanline.training.run import learning_rate
 
 CONFIG, LINES, REPORT = HERE / "pretrained.json", RESULTS / "pretrained.jsonl", "PRETRAINED.md"
@@ -135,7 +136,7 @@ def execute(run: Run) -> dict[str, Any]:
         steps = examples.optimizer_steps(groups, options, tokenizer.tokenizer.pad_token_id)
     unclamped = train(policy, options, steps)
     seconds = time.process_time() - start
-    measured = evaluate.answers(questions_of(seed, config), tokenizer, options)(policy, None)
+    measured = evaluate.answers(questions_of(seed, config), tokenizer, options)(Root(policy))
     return {
         "objective": objective,
         "arm": arm,

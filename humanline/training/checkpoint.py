@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError
 
 from humanline.training.errors import UserError
+from humanline.training.ranks import ALONE, Ranks
 
 PREFIX, _STATE = "checkpoint-", "state.pt"
 
@@ -31,18 +32,28 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     """
     partial = folder
     try:
-        partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-        os.chmod(partial, 0o755)  # mkdtemp makes it private
-        yield partial
-        _flush(partial)
-        partial.rename(folder)
-        _flush_entry(folder.parent)
-    except (OSError, RuntimeError, SafetensorError) as error:
+        with _clear_errors(folder):
+            partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+            os.chmod(partial, 0o755)  # mkdtemp makes it private
+            yield partial
+            _flush(partial)
+            partial.rename(folder)
+            _flush_entry(folder.parent)
+    except UserError:
         if not folder.is_dir():  # else somebody else was faster, with the same
-            raise UserError(f"cannot write {folder}: {_reason(error)}") from error
+            raise
     finally:
         if partial != folder:
             shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def _clear_errors(folder: Path) -> Iterator[None]:
+    """What goes wrong with writing the folder is a UserError that names it."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"cannot write {folder}: {_reason(error)}") from error
 
 
 def _flush(folder: Path) -> None:
@@ -68,20 +79,42 @@ def _reason(error: BaseException) -> str:
     return (cause.strerror if cause is not None else None) or str(error).splitlines()[0]
 
 
-def save(output: Path, step: int, state: dict[str, Any]) -> None:
-    """Write ``checkpoint-<step>``, then remove those before it."""
-    folder = output / f"{PREFIX}{step}"
-    if folder.exists():
+def save(output: Path, step: int, state: dict[str, Any], ranks: Ranks = ALONE) -> None:
+    """Write ``checkpoint-<step>``, a file a rank, then remove those before it.
+
+    Args:
+        output: the run's folder, on a disk that all ranks see.
+        step: how many steps are done.
+        state: what this rank writes; the first one's is read by all.
+        ranks: those that write.
+
+    Raises:
+        UserError: a rank could not.
+    """
+    folder, what = output / f"{PREFIX}{step}", f"saving after step {step}"
+    if ranks.gather(what, folder.exists())[0]:
         return
     previous = _steps(output)
-    try:
-        with atomic_folder(folder) as partial, (partial / _STATE).open("wb") as file:
+
+    def write(partial: Path) -> None:
+        with _clear_errors(folder), (partial / _name(ranks.rank)).open("wb") as file:
             torch.save(state, file)
+
+    try:
+        with ExitStack() as opened:
+            begun = ranks.by_the_first(what, lambda: opened.enter_context(atomic_folder(folder)))
+            partial = ranks.gather(what, begun)[0]
+            ranks.together(what, lambda: write(partial))
+            ranks.by_the_first(what, opened.close)
     except UserError as error:
         kept = f"{PREFIX}{max(previous)} is whole" if previous else "there is none before it"
-        raise UserError(f"{error}; {kept}") from error
-    for other in previous:
+        raise type(error)(f"{error}; {kept}") from error
+    for other in previous if ranks.first else ():
         shutil.rmtree(output / f"{PREFIX}{other}", ignore_errors=True)
+
+
+def _name(rank: int) -> str:
+    return f"state-{rank}.pt" if rank else _STATE
 
 
 def last_step(output: Path) -> int:
@@ -89,16 +122,20 @@ def last_step(output: Path) -> int:
     return max(_steps(output), default=0)
 
 
-def load_latest(output: Path, device: torch.device) -> dict[str, Any] | None:
-    """The state of the last checkpoint, or None if there is none."""
+def load_latest(output: Path, device: torch.device, rank: int = 0) -> dict[str, Any] | None:
+    """The state of the last checkpoint, or None if there is none: what the first rank wrote, and in
+    place of the parts that this one wrote too, its own."""
     steps = _steps(output)
     if not steps:
         return None
-    path = output / f"{PREFIX}{max(steps)}" / _STATE
-    try:
-        return torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:
-        raise UserError(f"cannot read {path}: {error}") from error
+    state: dict[str, Any] = {}
+    for name in dict.fromkeys([_STATE, _name(rank)]):
+        path = output / f"{PREFIX}{max(steps)}" / name
+        try:
+            state |= torch.load(path, map_location=device, weights_only=True)
+        except Exception as error:
+            raise UserError(f"cannot read {path}: {error}") from error
+    return state
 
 
 def remove_all(output: Path) -> None:

@@ -39,7 +39,10 @@ REFERENCES = ("lookahead", "copy", "adapter")
 DTYPES = ("float32", "bfloat16", "float16")
 
 #: Options that may change when a run is resumed: the steps already taken do not depend on them.
-FREE = ("max_steps", "save_steps", "max_new_tokens", "per_device_eval_batch_size")
+FREE = (
+    *("max_steps", "save_steps", "max_new_tokens", "per_device_eval_batch_size"),
+    "ddp_timeout",
+)
 
 
 def _option(default: Any, type: type, help: str, choices: tuple[str, ...] | None = None) -> Any:
@@ -129,6 +132,12 @@ class TrainConfig:
         "0: exact",
     )
     gradient_checkpointing: bool = _option(False, bool, "recompute activations to save memory")
+    fsdp: bool = _option(
+        False, bool, "split the model over the processes of the run (FSDP2); left out: DDP"
+    )
+    ddp_timeout: int = _option(
+        1800, int, "seconds that the processes of a run wait for one another"
+    )
 
     save_steps: int = _option(20, int, "steps between checkpoints to resume from; 0: none")
     eval_limit: int | None = _option(None, int, "measure on this many held-out rows at most")
@@ -157,6 +166,7 @@ class TrainConfig:
             "gradient_accumulation_steps",
             "lora_r",
             "max_new_tokens",
+            "ddp_timeout",
         ):
             _require(getattr(self, name) >= 1, self, name, "at least 1")
         _require(self.seed < 2**63, self, "seed", "less than 2**63")

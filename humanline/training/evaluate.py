@@ -2,10 +2,11 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
+from itertools import chain
+from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from humanline.training import score
@@ -13,19 +14,26 @@ from humanline.training.config import TrainConfig
 from humanline.training.data import Question
 from humanline.training.examples import Tokenizer, Tokens, make_batch
 from humanline.training.model import device_of, moved
+from humanline.training.ranks import ALONE, Ranks, Root
 
 #: Of a model, what it is worth: a JSON object. ``before`` is what the untrained model got.
-Measure = Callable[[nn.Module, dict[str, Any] | None], dict[str, Any]]
+Measure = Callable[[Root, dict[str, Any] | None], dict[str, Any]]
+T = TypeVar("T")
 
 
-def answers(questions: list[Question], tokenizer: Tokenizer, config: TrainConfig) -> Measure:
+def answers(
+    questions: list[Question],
+    tokenizer: Tokenizer,
+    config: TrainConfig,
+    ranks: Ranks = ALONE,
+) -> Measure:
     """Measures the accuracy of greedy answers."""
     prompts = [tokenizer.prompt(q.prompt, q.where) for q in questions]
 
-    def measure(model: nn.Module, before: dict[str, Any] | None = None) -> dict[str, Any]:
+    def measure(root: Root, before: dict[str, Any] | None = None) -> dict[str, Any]:
         from humanline.training.scoring import is_correct
 
-        texts = generate(model, tokenizer, prompts, config)
+        texts = generate(root, tokenizer, prompts, config, ranks)
         correct = [is_correct(t, q.answer) for t, q in zip(texts, questions, strict=True)]
         return {"measured": "greedy answers", **proportion(sum(correct), len(correct))}
 
@@ -34,37 +42,69 @@ def answers(questions: list[Question], tokenizer: Tokenizer, config: TrainConfig
 
 @torch.no_grad()
 def generate(
-    model: nn.Module, tokenizer: Tokenizer, prompts: list[list[int]], config: TrainConfig
+    root: Root,
+    tokenizer: Tokenizer,
+    prompts: list[list[int]],
+    config: TrainConfig,
+    ranks: Ranks = ALONE,
 ) -> list[str]:
     """Greedy completions, without special tokens."""
-    hf, device, size = tokenizer.tokenizer, device_of(model), config.per_device_eval_batch_size
+    pad, size = tokenizer.tokenizer.pad_token_id, config.per_device_eval_batch_size
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # little padding
-    texts = [""] * len(prompts)
-    training = model.training
-    model.eval()
-    with tqdm(total=len(prompts), desc="answering", unit="prompt", leave=False) as bar:
-        for start in range(0, len(order), size):
-            index = order[start : start + size]
-            longest = max(len(prompts[i]) for i in index)
-            padding = [longest - len(prompts[i]) for i in index]
-            ids = [[hf.pad_token_id] * p + prompts[i] for p, i in zip(padding, index, strict=True)]
-            mask = [[0] * p + [1] * (longest - p) for p in padding]
-            with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
-                output = model.generate(
-                    input_ids=torch.tensor(ids, device=device),
-                    attention_mask=torch.tensor(mask, device=device),
-                    max_new_tokens=config.max_new_tokens,
-                    do_sample=False,
-                    use_cache=True,
-                    pad_token_id=hf.pad_token_id,
-                    eos_token_id=_ends(model, hf),
-                )
-            new = hf.batch_decode(output[:, longest:], skip_special_tokens=True)
-            for i, text in zip(index, new, strict=True):
-                texts[i] = text
-            bar.update(len(index))
-    model.train(training)
-    return texts
+    batches = [order[start : start + size] for start in range(0, len(order), size)]
+
+    def answer(index: list[int]) -> list[str]:
+        longest = max(len(prompts[i]) for i in index)
+        padding = [longest - len(prompts[i]) for i in index]
+        ids = [[pad] * p + prompts[i] for p, i in zip(padding, index, strict=True)]
+        mask = [[0] * p + [1] * (longest - p) for p in padding]
+        output = root(_greedy, ids, mask, tokenizer.tokenizer, config)
+        return tokenizer.tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
+
+    texts = _over(batches, answer, "answering held-out questions", root, config, ranks)
+    found = dict(zip(order, chain.from_iterable(texts), strict=True))
+    return [found[i] for i in range(len(prompts))]
+
+
+def _greedy(
+    model: nn.Module, ids: list[list[int]], mask: list[list[int]], hf: Any, config: TrainConfig
+) -> Tensor:
+    """Prompts, padded on the left, with what the model writes next: int64 ``[S, T]``."""
+    device = device_of(model)
+    with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
+        return model.generate(
+            input_ids=torch.tensor(ids, device=device),
+            attention_mask=torch.tensor(mask, device=device),
+            max_new_tokens=config.max_new_tokens,
+            do_sample=False,
+            use_cache=True,
+            pad_token_id=hf.pad_token_id,
+            eos_token_id=_ends(model, hf),
+        )
+
+
+def _over(
+    batches: list[Any],
+    work: Callable[[Any], T],
+    what: str,
+    root: Root,
+    config: TrainConfig,
+    ranks: Ranks,
+) -> list[T]:
+    """``work(batch)`` of each batch, the model in eval mode. Each rank does some of them; all of
+    them where the model is split, whose forward waits for all ranks."""
+    own = slice(None) if config.fsdp else slice(ranks.rank, None, ranks.count)
+    done: dict[int, T] = {}
+    total, training = sum(map(len, batches)), root.training
+    root.eval()
+    with tqdm(total=total, desc=what, leave=False, disable=not ranks.first) as bar:
+        for i in range(len(batches))[own]:
+            done[i] = work(batches[i])
+            bar.update(min(len(batches[i]) * (own.step or 1), total - bar.n))
+    root.train(training)
+    for part in ranks.gather(what, done):
+        done |= part
+    return [done[i] for i in range(len(batches))]
 
 
 def _ends(model: nn.Module, hf) -> list[int]:
@@ -74,12 +114,17 @@ def _ends(model: nn.Module, hf) -> list[int]:
     return list(dict.fromkeys([hf.eos_token_id, *own]))
 
 
-def preferences(pairs: list[tuple[Tokens, Tokens]], pad: int, config: TrainConfig) -> Measure:
+def preferences(
+    pairs: list[tuple[Tokens, Tokens]],
+    pad: int,
+    config: TrainConfig,
+    ranks: Ranks = ALONE,
+) -> Measure:
     """Measures how often the better completion is the likelier one; and, once trained, how often
     its implicit reward ``β·log(π/π_before)`` is the higher one, and by how much."""
 
-    def measure(model: nn.Module, before: dict[str, Any] | None = None) -> dict[str, Any]:
-        chosen, rejected = _pair_logps(model, pairs, pad, config)
+    def measure(root: Root, before: dict[str, Any] | None = None) -> dict[str, Any]:
+        chosen, rejected = _pair_logps(root, pairs, pad, config, ranks)
         likelier = sum(c > r for c, r in zip(chosen, rejected, strict=True))
         result = {
             "measured": "preferences by log-prob",
@@ -102,17 +147,20 @@ def preferences(pairs: list[tuple[Tokens, Tokens]], pad: int, config: TrainConfi
     return measure
 
 
-def _pair_logps(model, pairs, pad, config) -> tuple[list[float], list[float]]:
-    sequences = [s for pair in pairs for s in pair]
-    sums: list[float] = []
-    training = model.training
-    model.eval()
-    size = config.per_device_eval_batch_size
-    for start in tqdm(range(0, len(sequences), size), desc="scoring pairs", leave=False):
-        batch = moved(make_batch(sequences[start : start + size], pad), device_of(model))
-        sums += score.sequence_logps(model, batch, config.bf16).tolist()
-    model.train(training)
-    return sums[::2], sums[1::2]
+def _pair_logps(
+    root: Root, pairs: list[tuple[Tokens, Tokens]], pad: int, config: TrainConfig, ranks: Ranks
+) -> tuple[list[float], list[float]]:
+    """Log-probs of the better and of the worse completions."""
+    sequences, size = [s for pair in pairs for s in pair], config.per_device_eval_batch_size
+    batches = [sequences[start : start + size] for start in range(0, len(sequences), size)]
+
+    def logps(batch: list[Tokens]) -> list[float]:
+        on_device = moved(make_batch(batch, pad), device_of(root))
+        return root(score.sequence_logps, on_device, config.bf16).tolist()
+
+    found = _over(batches, logps, "scoring held-out pairs", root, config, ranks)
+    flat = list(chain.from_iterable(found))
+    return flat[::2], flat[1::2]
 
 
 def proportion(successes: int, n: int) -> dict[str, Any]:

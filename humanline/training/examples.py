@@ -26,13 +26,14 @@ import torch
 from torch import Tensor
 
 from humanline import conversation
-from humanline.advantages import group_advantages
+from humanline.advantages import advantages_of_groups
 from humanline.conversation import Tokens
 from humanline.mismatched import mismatched_indices
 from humanline.rows import IGNORE_INDEX
 from humanline.training.config import TrainConfig
 from humanline.training.data import Dataset, Example, Text
 from humanline.training.errors import UserError
+from humanline.training.ranks import ALONE, Ranks
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,7 @@ class Batch:
         mismatched: for KTO: prompts with a completion of another, of this batch or, where it has
             none that will do, of the data. Where they have none either, ``extra`` holds the least
             reference point there is, 0.
+        whole: of the batch that all ranks' parts make up; None of one that is not trained on.
     """
 
     prompt_ids: Tensor
@@ -89,12 +91,28 @@ class Batch:
     completions: Completions
     extra: dict[str, Any] = field(default_factory=dict)
     mismatched: Completions | None = None
+    whole: "Whole | None" = None
 
     def tokens(self) -> int:
         """Tokens that go through the model, padding left out."""
         masks = [self.prompt_mask, self.completions.mask]
         masks += [] if self.mismatched is None else [self.mismatched.mask]
         return int(sum(mask.sum() for mask in masks))
+
+
+@dataclass(frozen=True)
+class Whole:
+    """Numbers of a batch whose parts are on several ranks.
+
+    Attributes:
+        written: tokens that the assistant wrote.
+        written_first: those of the first sequence of each unit: DPO's chosen ones.
+        mismatched: KTO's mismatched pairs.
+    """
+
+    written: int
+    written_first: int
+    mismatched: int
 
 
 # Pairing and grouping: lists of (example, index of completion)
@@ -128,7 +146,7 @@ def advantages(dataset: Dataset) -> list[list[tuple[Chosen, float]]]:
     result = []
     for group in grouped(dataset):
         rewards = torch.tensor([_reward_of(c) for c in group], dtype=torch.float64)
-        normalised = group_advantages(rewards, torch.zeros(len(group), dtype=torch.int64))
+        normalised = advantages_of_groups(rewards, torch.zeros(len(group), dtype=torch.int64))
         if normalised.any():
             result.append(list(zip(group, normalised.tolist(), strict=True)))
     return result
@@ -400,11 +418,20 @@ def _nothing_to_learn(dataset: Dataset, config: TrainConfig) -> str:
 
 
 def optimizer_steps(
-    groups: list[list[Unit]], config: TrainConfig, pad: int, first: int = 0
+    groups: list[list[Unit]],
+    config: TrainConfig,
+    pad: int,
+    first: int = 0,
+    ranks: Ranks = ALONE,
 ) -> Iterator[list[Batch]]:
-    """The micro-batches of each step from ``first`` on: a function of seed and step alone."""
+    """The micro-batches of each step from ``first`` on: a function of seed and step alone.
+
+    Each rank gets its part of them: together they are those of one process whose batches are as
+    many times larger as there are ranks.
+    """
     total = sum(map(len, groups))
-    size, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
+    part, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
+    size, own = part * ranks.count, slice(part * ranks.rank, part * (ranks.rank + 1))
 
     @lru_cache(maxsize=2)
     def epoch(number: int) -> list[Unit]:
@@ -421,26 +448,45 @@ def optimizer_steps(
         for start in range(first_of_step, first_of_step + accumulation * size, size):
             units = [unit(position) for position in range(start, start + size)]
             others = map(unit, range(start + size, start + total))
-            batches.append(collate(units, config.objective, pad, others))
+            batches.append(collate(units, config.objective, pad, others, own))
         yield batches
 
 
-def collate(units: list[Unit], objective: str, pad: int, others: Iterable[Unit] = ()) -> Batch:
-    """Units as one batch: for DPO all chosen sequences first; for KTO with mismatched pairs, for
-    which ``others`` are looked at, in their order, where the batch does not do."""
-    sequences = [s for column in zip(*(u.sequences for u in units), strict=True) for s in column]
-    batch, values = make_batch(sequences, pad), [u.value for u in units]
+def collate(
+    units: list[Unit],
+    objective: str,
+    pad: int,
+    others: Iterable[Unit] = (),
+    own: slice = slice(None),
+) -> Batch:
+    """Units as one batch, of which a rank has its ``own``: for DPO all chosen sequences first; for
+    KTO with mismatched pairs, for which ``others`` are looked at, in their order, where the batch
+    does not do."""
+    columns = list(zip(*(u.sequences for u in units), strict=True))
+    batch = make_batch([s for column in columns for s in column[own]], pad)
+    values = [u.value for u in units[own]]
+    written = [sum(map(_written, column)) for column in columns]
+    whole = Whole(sum(written), written[0], mismatched=0)
+    extra: dict[str, Any] = {}
     if objective == "grpo":
-        return replace(batch, extra={"advantages": torch.tensor(values, dtype=torch.float32)})
-    if objective == "kto":
-        found = _mismatched(sequences, (s for u in others for s in u.sequences))
+        extra = {"advantages": torch.tensor(values, dtype=torch.float32)}
+    elif objective == "kto":
         extra = {"desirable": torch.tensor(values)}
-        if not found:
-            return replace(batch, extra=extra | {"z0": 0.0})
-        prompt = batch.completions.prompt[torch.tensor(list(found))]
-        mismatched = _completions(list(found.values()), prompt, pad)
-        return replace(batch, extra=extra, mismatched=mismatched)
-    return batch
+        found = _mismatched(list(columns[0]), (s for u in others for s in u.sequences))
+        whole = replace(whole, mismatched=len(found))
+        start = own.start or 0
+        mine = {i - start: s for i, s in found.items() if i in range(len(units))[own]}
+        if mine:
+            prompt = batch.completions.prompt[torch.tensor(list(mine))]
+            batch = replace(batch, mismatched=_completions(list(mine.values()), prompt, pad))
+        elif not found:
+            extra["z0"] = 0.0
+    return replace(batch, extra=extra, whole=whole)
+
+
+def _written(sequence: Tokens) -> int:
+    written = sequence.written
+    return len(sequence.completion) if written is None else sum(written)
 
 
 def _mismatched(sequences: list[Tokens], others: Iterator[Tokens]) -> dict[int, Tokens]:

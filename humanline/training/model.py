@@ -22,6 +22,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from humanline import install
 from humanline.dropout import switch_off_noise
 from humanline.rows import IGNORE_INDEX
+from humanline.sharding import is_sharded
 from humanline.training import packing
 from humanline.training.checkpoint import atomic_folder
 from humanline.training.config import TrainConfig
@@ -66,10 +67,11 @@ class Parts:
         """Run the prompts: each once, for all of its completions."""
         if self.padding_free:  # then they are read with their completions
             return Prompts(batch, None, None)
-        # Checkpointing recomputes layers, which must then not write to a cache.
-        training = self.body.training and getattr(self.body, "gradient_checkpointing", False)
+        # Checkpointing recomputes layers, which must then not write to a cache; FSDP2 gathers a
+        # layer's weights for the gradients of its outputs, and those of a cache are none of them.
+        recomputed = self.body.training and getattr(self.body, "gradient_checkpointing", False)
         cache = None
-        if not training:
+        if not recomputed and not is_sharded(self.body):
             output = self._run(batch.prompt_ids, batch.prompt_mask, use_cache=True)
             cache = output.past_key_values
         if cache is None or not all(type(layer) in _KEYS_AND_VALUES for layer in cache.layers):
@@ -255,6 +257,8 @@ def moved(x: Any, device: torch.device) -> Any:
         return x.to(device)
     if isinstance(x, dict):
         return {name: moved(value, device) for name, value in x.items()}
+    if isinstance(x, list):
+        return [moved(value, device) for value in x]
     if isinstance(x, Batch | Completions):
         return replace(x, **{f.name: moved(getattr(x, f.name), device) for f in fields(x)})
     return x
@@ -269,6 +273,8 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # the run has its own
+    if "TRANSFORMERS_VERBOSITY" not in os.environ:
+        logging.set_verbosity_error()  # its advice is for those who call it
     try:
         return Tokenizer(AutoTokenizer.from_pretrained(folder, local_files_only=True), folder)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -14,6 +14,7 @@ import torch
 from tqdm import tqdm
 
 from humanline.training.errors import UserError
+from humanline.training.launch import is_first
 from humanline.version import __version__
 
 METRICS, CURVES, SUMMARY = "metrics.jsonl", "curves.png", "summary.json"
@@ -38,11 +39,16 @@ class Metrics:
     configuration alone.
 
     Args:
-        path: the file; whatever it holds of steps from ``step`` on is dropped.
+        path: the file; whatever it holds of steps from ``step`` on is dropped. None: nothing is
+            read or written, as on all ranks but the first.
         step: the first step that will be written.
     """
 
-    def __init__(self, path: Path, step: int):
+    def __init__(self, path: Path | None, step: int):
+        self.rows: list[dict[str, Any]] = []
+        self.file = None
+        if path is None:
+            return
         kept = read_metrics(path)[:step] if path.exists() else []
         if len(kept) < step:
             raise UserError(f"{path} holds {len(kept)} steps, but the checkpoint is at {step}")
@@ -52,12 +58,14 @@ class Metrics:
 
     def write(self, row: dict[str, Any]) -> None:
         self.rows.append(row)
-        self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
+        if self.file is not None:
+            self.file.write(json.dumps(row) + "\n")
+            self.file.flush()
 
     def flush(self) -> None:
         """Onto the disk: a checkpoint is about to say that these steps are done."""
-        os.fsync(self.file.fileno())
+        if self.file is not None:
+            os.fsync(self.file.fileno())
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -107,7 +115,14 @@ def write_json(path: Path, value: Any) -> None:
 def progress(first: int, steps: int) -> tqdm:
     """A bar over optimizer steps; where nobody watches, it is drawn rarely."""
     interval = 0.5 if sys.stderr.isatty() else 15.0
-    return tqdm(total=steps, initial=first, desc="training", unit="step", mininterval=interval)
+    return tqdm(
+        total=steps,
+        initial=first,
+        desc="training",
+        unit="step",
+        mininterval=interval,
+        disable=not is_first(),
+    )
 
 
 def show(bar: tqdm, row: dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """A training run from its options to its summary."""
 
+import copy
 import math
-import os
 import shlex
 import shutil
 import signal
@@ -9,20 +9,30 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+import humanline as hl
 from humanline.idle import IdleBounds
-from humanline.reference import REFERENCES
-from humanline.training import checkpoint, data, effects, evaluate, examples, report, score
+from humanline.reference import REFERENCES, Reference
+from humanline.sharding import is_dtensor
+from humanline.training import checkpoint, data, effects, evaluate, examples, report, score, state
 from humanline.training.config import TrainConfig, flag, resumed
 from humanline.training.errors import UserError
-from humanline.training.model import check_fits, load_model, load_tokenizer, model_folder, moved
+from humanline.training.launch import is_first, other_engine
+from humanline.training.model import (
+    check_fits,
+    device_of,
+    load_model,
+    load_tokenizer,
+    model_folder,
+    moved,
+)
+from humanline.training.ranks import ALONE, Ranks, Root, joined, no_sync, shard, whole_weights
 
 CONFIG, BEFORE, MODEL, ADAPTER = "config.json", "before.json", "model", "adapter"
 
@@ -54,51 +64,82 @@ def train(
 
     Raises:
         UserError: something about options, data, model, disk or the way the process was launched
-            does not allow to go on.
+            does not allow to go on; or another process of the run did not come.
         Interrupted: the user asked to stop; the run is saved.
     """
-    _require_one_process()
-    try:
-        config, output = _configure(options, output, resume)
-        if strict:
-            effects.require(config, options)
-        _check_output(output, config, resume, overwrite)
-        _warn(config)
-        device = pick_device(config)
-        objective = score.make_objective(config)
-        dataset, questions, hashes = _read_data(config)
+    timeout = options.get("ddp_timeout", TrainConfig.ddp_timeout)
+    with joined(max(timeout, 1)) as ranks:
+
+        def prepare():
+            config, folder = _configure(options, output, resume, ranks)
+            if strict:
+                effects.require(config, options)
+            _check_output(folder, config, resume, overwrite)
+            _warn(config)
+            return config, folder, pick_device(config, ranks), _read_data(config)
+
+        try:
+            prepared = ranks.together("reading options and data", prepare)
+            return _train(*prepared, resume, overwrite, ranks)
+        except OSError as error:
+            where = error.filename or f"cannot write into {output or 'runs'}"
+            raise UserError(f"{where}: {error.strerror or error}") from error
+
+
+def _train(
+    config: TrainConfig,
+    output: Path,
+    device: torch.device,
+    read: tuple,
+    resume: bool,
+    overwrite: bool,
+    ranks: Ranks,
+) -> dict[str, Any]:
+    dataset, questions, hashes = read
+    ranks.by_the_first("the model being fetched", lambda: model_folder(config))
+
+    def load():
         folder = model_folder(config)
         tokenizer = load_tokenizer(folder)
-        groups, measure = _prepare(dataset, questions, tokenizer, config)
+        groups, measure = _prepare(dataset, questions, tokenizer, config, ranks)
         torch.manual_seed(config.seed)
-        policy = load_model(folder, config, device)
+        policy = load_model(folder, config, torch.device("cpu") if config.fsdp else device)
         check_fits(policy, tokenizer, config)
-        _start(output, config, hashes, resume, overwrite)  # whatever could fail before, did
-        before = _measure_before(output, measure, policy)
-        pad = tokenizer.tokenizer.pad_token_id
-        metrics = _loop(config, output, objective, policy, groups, pad)
-        return _finish(config, output, folder, policy, tokenizer, measure, before, metrics)
-    except OSError as error:
-        where = error.filename or f"cannot write into {output}"
-        raise UserError(f"{where}: {error.strerror or error}") from error
+        return folder, tokenizer, groups, measure, policy
+
+    folder, tokenizer, groups, measure, policy = ranks.together("loading the model", load)
+    root, second = _on_device(policy, config, device)
+    # Whatever could fail before, did.
+    ranks.by_the_first(
+        "making the folder", lambda: _start(output, config, hashes, resume, overwrite, ranks)
+    )
+    before = _measure_before(output, measure, root, ranks)
+    pad = tokenizer.tokenizer.pad_token_id
+    metrics = _loop(config, output, root, second, groups, pad, ranks)
+    policy.zero_grad(set_to_none=True)
+    after = None if measure is None else measure(root, before)
+    weights = whole_weights(policy)
+    return ranks.by_the_first(
+        "writing the model",
+        lambda: _finish(config, output, folder, policy, weights, tokenizer, before, after, metrics),
+    )
+
+
+def _on_device(
+    policy: nn.Module, config: TrainConfig, device: torch.device
+) -> tuple[Root, Root | None]:
+    """The policy, and where it is split over ranks, the second model of ``--reference copy``."""
+    if not config.fsdp:
+        return Root(policy), None
+    second = Root(copy.deepcopy(policy)) if config.reference == "copy" else None
+    return shard(Root(policy), device), second and shard(second, device)
 
 
 # Before the first step
 
 
-def _require_one_process() -> None:
-    """Each of several processes would train the whole run by itself, into the same folder."""
-    count = os.environ.get("WORLD_SIZE", "1")
-    if count != "1":
-        raise UserError(
-            f"humanline train works in one process, and was launched as one of {count} "
-            "(WORLD_SIZE): start it without torchrun or accelerate launch, or use the TRL trainers "
-            "of humanline.integrations.trl, which work under DDP"
-        )
-
-
 def _configure(
-    options: dict[str, Any], output: Path | None, resume: bool
+    options: dict[str, Any], output: Path | None, resume: bool, ranks: Ranks
 ) -> tuple[TrainConfig, Path]:
     if not resume or output is None:
         config = TrainConfig(**options)
@@ -109,11 +150,39 @@ def _configure(
             raise UserError(f"there is no run to resume in {output}")
         if (output / report.SUMMARY).exists():
             raise UserError(f"the run in {output} is finished; there is nothing to resume")
+        started = stored.get("processes", 1)
+        if started != ranks.count:
+            raise UserError(
+                f"--resume continues the same run, which was started in {started} processes, not "
+                f"in {ranks.count}: torchrun --nproc-per-node {started} -m humanline train …"
+            )
         config = resumed(stored["options"], options)
         done = checkpoint.last_step(output)
         if done > config.max_steps:
             raise UserError(f"--max-steps {config.max_steps}, but {done} steps are already done")
+    _check_launch(config, ranks)
+    score.make_objective(config)  # refuses what it does not know
     return config, output
+
+
+def _check_launch(config: TrainConfig, ranks: Ranks) -> None:
+    if config.fsdp and ranks.count == 1:
+        raise UserError(
+            "--fsdp has no effect: it splits the model over processes, and this run has one; start "
+            "several with torchrun --nproc-per-node N -m humanline train"
+        )
+    engine = other_engine()
+    if engine and not (engine == "FSDP" and config.fsdp):
+        raise UserError(
+            f"accelerate's configuration asks for {engine}, and humanline train knows "
+            "DistributedDataParallel and, with --fsdp, FSDP2: configure accelerate for several "
+            "processes without it"
+        )
+    if ranks.count > 1 and config.loss_type in ("aot", "aot_unpaired"):
+        raise UserError(
+            f"--loss-type {config.loss_type} sorts the pairs of a whole batch, which lie on "
+            f"{ranks.count} processes: start it in one"
+        )
 
 
 def _warn(config: TrainConfig) -> None:
@@ -130,7 +199,12 @@ def _warn(config: TrainConfig) -> None:
 
 
 def _warning(text: str) -> None:
-    print(f"humanline: warning: {text}", file=sys.stderr)
+    _say(f"warning: {text}")
+
+
+def _say(text: str) -> None:
+    if is_first():
+        print(f"humanline: {text}", file=sys.stderr)
 
 
 def _stored(output: Path) -> dict[str, Any] | None:
@@ -161,7 +235,12 @@ def _check_output(output: Path, config: TrainConfig, resume: bool, overwrite: bo
 
 
 def _start(
-    output: Path, config: TrainConfig, hashes: dict[str, str], resume: bool, overwrite: bool
+    output: Path,
+    config: TrainConfig,
+    hashes: dict[str, str],
+    resume: bool,
+    overwrite: bool,
+    ranks: Ranks,
 ) -> None:
     """Make the output folder, or check that it holds the same run on the same data."""
     if resume:
@@ -176,7 +255,8 @@ def _start(
     elif overwrite:
         _remove_run(output)
     output.mkdir(parents=True, exist_ok=True)
-    report.write_json(output / CONFIG, {"options": config.as_dict(), "sha256": hashes})
+    stored = {"options": config.as_dict(), "sha256": hashes, "processes": ranks.count}
+    report.write_json(output / CONFIG, stored)
 
 
 def _remove_run(output: Path) -> None:
@@ -190,17 +270,28 @@ def _remove_run(output: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def pick_device(config: TrainConfig) -> torch.device:
-    """The device asked for, or the best there is.
+def pick_device(config: TrainConfig, ranks: Ranks) -> torch.device:
+    """The device asked for, or the best there is; of several GPUs each rank has its own.
 
     Raises:
-        UserError: it is not there.
+        UserError: it is not there, or one GPU was asked for by several ranks.
     """
-    if config.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    name = config.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(config.device)
+        device = torch.device(name)
+        if ranks.count > 1 and device.type == "cuda":
+            if device.index is not None:
+                raise UserError(
+                    f"--device {name} is one GPU, and each of {ranks.count} processes takes its "
+                    "own: pass --device cuda, or leave it out"
+                )
+            device = torch.device("cuda", ranks.local)
+            torch.cuda.set_device(device)
         torch.empty(0, device=device)
+    except UserError:
+        raise
     except Exception as error:  # torch raises AssertionError, RuntimeError, NotImplementedError …
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"--device {config.device} is not there: {reason}") from error
@@ -224,7 +315,7 @@ def _read_data(config: TrainConfig):
     return dataset, questions, {n: data.fingerprint(p) for n, p in files.items() if p is not None}
 
 
-def _prepare(dataset, questions, tokenizer, config):
+def _prepare(dataset, questions, tokenizer, config, ranks=ALONE):
     """Units to train on, and how to measure (None: not at all)."""
     pad = tokenizer.tokenizer.pad_token_id
     rows = len(dataset.examples) + len(dataset.skipped)
@@ -232,14 +323,14 @@ def _prepare(dataset, questions, tokenizer, config):
     if config.eval_limit == 0:
         pass
     elif questions is not None:
-        measure = evaluate.answers(questions[: config.eval_limit], tokenizer, config)
+        measure = evaluate.answers(questions[: config.eval_limit], tokenizer, config, ranks)
     elif config.heldout_fraction > 0:
         kept, heldout = examples.split(dataset, config.heldout_fraction, config.seed)
         pairs = examples.heldout_pairs(heldout, tokenizer, config)[: config.eval_limit]
         if pairs:
-            dataset, measure = kept, evaluate.preferences(pairs, pad, config)
+            dataset, measure = kept, evaluate.preferences(pairs, pad, config, ranks)
         else:
-            print("humanline: too little data to hold any pair out", file=sys.stderr)
+            _say("there are too few data to hold any pair out")
     groups, warnings = examples.make_units(dataset, tokenizer, config)
     left_out = examples.check_skipped(dataset.skipped, rows, config)
     for warning in [*([left_out] if left_out else []), *warnings]:
@@ -249,16 +340,23 @@ def _prepare(dataset, questions, tokenizer, config):
     return groups, measure
 
 
-def _measure_before(output: Path, measure: evaluate.Measure | None, policy: nn.Module):
+def _measure_before(
+    output: Path, measure: evaluate.Measure | None, root: Root, ranks: Ranks
+) -> dict[str, Any] | None:
     path = output / BEFORE
     if measure is None:
         return None
-    if not path.exists():
-        report.write_json(path, measure(policy, None))
-    before = report.read_json(path)
-    if before is None or not {"measured", "accuracy"} <= before.keys():
-        raise UserError(f"{path} is not what a run writes; remove it to measure again")
-    return before
+    if not ranks.gather("looking for what was measured", path.exists())[0]:
+        before = measure(root, None)
+        ranks.by_the_first("writing it", lambda: report.write_json(path, before))
+
+    def read():
+        before = report.read_json(path)
+        if before is None or not {"measured", "accuracy"} <= before.keys():
+            raise UserError(f"{path} is not what a run writes; remove it to measure again")
+        return before
+
+    return ranks.gather("reading it", ranks.by_the_first("reading it", read))[0]
 
 
 # The loop
@@ -267,37 +365,44 @@ def _measure_before(output: Path, measure: evaluate.Measure | None, policy: nn.M
 def _loop(
     config: TrainConfig,
     output: Path,
-    objective,
-    policy: nn.Module,
+    root: Root,
+    second: Root | None,
     groups: list[list[examples.Unit]],
     pad: int,
+    ranks: Ranks,
 ) -> list[dict[str, Any]]:
     """Train from the last checkpoint, or from the start; the metrics of all steps."""
-    device = next(policy.parameters()).device
-    torch.manual_seed(config.seed)  # whatever was measured before, or not
-    trained = [p for p in policy.parameters() if p.requires_grad]
+    device = device_of(root)
+    torch.manual_seed(config.seed + ranks.rank)  # whatever was measured before, or not
+    objective = score.make_objective(config)
+    loss = _loss(objective, root, config, ranks)
+    trained = [p for p in root.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=0.0, fused=True)
-    scorer = partial(score.reference_scores, bf16=config.bf16)
-    reference = REFERENCES[config.reference](policy, scorer, config.sync_every)
-    first = _restore(checkpoint.load_latest(output, device), policy, optimizer, reference)
-    metrics = report.Metrics(output / report.METRICS, first)
+    reference = _reference(config, root, second, ranks)
+    stored = ranks.together(
+        "loading the checkpoint", lambda: checkpoint.load_latest(output, device, ranks.rank)
+    )
+    first = state.put_back(stored, root.model, optimizer, reference)
+    path = output / report.METRICS if ranks.first else None
+    metrics = ranks.together("opening the metrics", lambda: report.Metrics(path, first))
     idle = IdleBounds(objective.perception)
     for row in metrics.rows:  # of a run that is resumed, the first steps are those
         _watch(idle, row)
 
     def save(done: int) -> None:
         metrics.flush()
-        checkpoint.save(output, done, _state(done, policy, optimizer, reference))
+        taken = state.taken(done, root.model, optimizer, reference, ranks)
+        checkpoint.save(output, done, taken, ranks)
 
     on_device = (
         [moved(batch, device) for batch in batches]
-        for batches in examples.optimizer_steps(groups, config, pad, first)
+        for batches in examples.optimizer_steps(groups, config, pad, first, ranks)
     )
     with stop_requests() as stop, report.progress(first, config.max_steps) as bar:
         begun = time.perf_counter()
         for step, (batches, scores) in enumerate(reference.steps(on_device), first):
-            row = _gradients(objective, policy, batches, scores, config)
-            row["grad_norm"] = float(nn.utils.clip_grad_norm_(trained, config.max_grad_norm))
+            row, tokens = _gradients(loss, batches, scores, step, ranks)
+            row["grad_norm"] = _clip_gradients(trained, config.max_grad_norm)
             _require_finite(step, row)
             reference.before_step()
             for group in optimizer.param_groups:
@@ -308,7 +413,7 @@ def _loop(
             now = time.perf_counter()
             timing = {
                 "seconds": now - begun,
-                "tokens_per_second": sum(b.tokens() for b in batches) / (now - begun),
+                "tokens_per_second": tokens / (now - begun),
                 "peak_memory_bytes": report.peak_memory_bytes(device),
                 "reference_bytes": reference.memory_bytes(),
             }
@@ -319,9 +424,10 @@ def _loop(
                     _warning(found)
             done = step + 1
             last = done == config.max_steps
-            if last or stop() or (config.save_steps and done % config.save_steps == 0):
+            stopping = any(ranks.gather(f"the end of step {step}", stop()))
+            if last or stopping or (config.save_steps and done % config.save_steps == 0):
                 save(done)
-            if stop() and not last:
+            if stopping and not last:
                 raise Interrupted(
                     f"stopped and saved after {done} of {config.max_steps} steps; go on with: "
                     f"humanline train --output-dir {shlex.quote(str(output))} --resume"
@@ -330,16 +436,61 @@ def _loop(
     return metrics.rows
 
 
-def _gradients(objective, policy, batches, scores, config) -> dict[str, Any]:
-    """Backward through all micro-batches; the step's statistics."""
-    rows, how = [], (config.bf16, config.gradient_tolerance)
+def _loss(
+    objective: hl.Objective, root: Root, config: TrainConfig, ranks: Ranks
+) -> Callable[..., tuple[torch.Tensor, dict[str, torch.Tensor]]]:
+    """The loss of a micro-batch, given the reference's scores and the step's micro-batches, and its
+    statistics. Its backward is the same on all ranks once the last micro-batch's is done."""
+    wrapped, how = ranks.wrapped(root), (config.bf16, config.gradient_tolerance, ranks)
+
+    def of_model(model, *batch):
+        return score.loss(objective, model, *batch, *how)
+
+    def loss(batch, scores, batches):
+        if config.fsdp:
+            ranks.gather("the loss of a batch")  # whose forward waits for all ranks
+        with nullcontext() if batch is batches[-1] else no_sync(wrapped):
+            return wrapped(of_model, batch, scores, batches)
+
+    return loss
+
+
+def _reference(config: TrainConfig, root: Root, second: Root | None, ranks: Ranks) -> Reference:
+    def scores(model: Root, batch: examples.Batch) -> dict[str, torch.Tensor]:
+        if config.fsdp:
+            ranks.gather("the reference's scores of a batch")
+        return model(score.reference_scores, batch, config.bf16)
+
+    given = {} if second is None else {"model": second}
+    return REFERENCES[config.reference](root, scores, config.sync_every, **given)
+
+
+def _gradients(
+    loss: Callable,
+    batches: list[examples.Batch],
+    scores: list[dict[str, torch.Tensor]],
+    step: int,
+    ranks: Ranks,
+) -> tuple[dict[str, Any], int]:
+    """Backward through all micro-batches; of all ranks the step's statistics and its tokens."""
+    rows = []
     for batch, of_reference in zip(batches, scores, strict=True):
-        loss, stats = score.loss(objective, policy, batch, of_reference, batches, *how)
-        loss.backward()
-        rows.append(
-            {"loss": loss.detach()} | stats | {"humanline/rows": batch.completions.written.sum()}
-        )
-    return report.merge([{name: float(value) for name, value in row.items()} for row in rows])
+        value, stats = loss(batch, of_reference, batches)
+        ranks.gather(f"the gradients of step {step}")  # the backward waits for all ranks
+        value.backward()
+        row = {"loss": value.detach() / ranks.count} | stats
+        rows.append(row | {"humanline/rows": batch.completions.written.sum()})
+    rows = [{name: float(value) for name, value in row.items()} for row in rows]
+    tokens = sum(batch.tokens() for batch in batches)
+    told = ranks.gather(f"the statistics of step {step}", (rows, tokens))
+    merged = report.merge([row for rows, _ in told for row in rows])
+    return merged, sum(tokens for _, tokens in told)
+
+
+def _clip_gradients(trained: list[nn.Parameter], max_norm: float) -> float:
+    """Clip to a norm over all weights; what the norm was."""
+    norm = nn.utils.clip_grad_norm_(trained, max_norm)
+    return float(norm.full_tensor() if is_dtensor(norm) else norm)
 
 
 def _watch(idle: IdleBounds, row: dict[str, Any]) -> str | None:
@@ -371,7 +522,8 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
         if asked:
             raise KeyboardInterrupt
         asked.append(number)
-        print("\nhumanline: finishing this step, then saving", file=sys.stderr)
+        if is_first():
+            print("\nhumanline: finishing this step, then saving", file=sys.stderr)
 
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
@@ -383,50 +535,15 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, previous)
 
 
-# Checkpoints
-
-
-def _state(step: int, policy, optimizer, reference) -> dict[str, Any]:
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {
-        "step": step,
-        "policy": _changing(policy),
-        "optimizer": optimizer.state_dict(),
-        "reference": reference.state_dict(),
-        "rng": {"cpu": torch.get_rng_state(), "cuda": cuda},
-    }
-
-
-def _restore(state: dict[str, Any] | None, policy, optimizer, reference) -> int:
-    """Put a state back; the number of steps already done."""
-    if state is None:
-        return 0
-    with torch.no_grad():
-        for name, tensor in _changing(policy).items():
-            tensor.copy_(state["policy"][name])
-    optimizer.load_state_dict(state["optimizer"])
-    reference.load_state_dict(state["reference"])
-    torch.set_rng_state(state["rng"]["cpu"].cpu())
-    if state["rng"]["cuda"]:
-        torch.cuda.set_rng_state_all([s.cpu() for s in state["rng"]["cuda"]])
-    return state["step"]
-
-
-def _changing(model: nn.Module) -> dict[str, torch.Tensor]:
-    """What training changes: weights that are not frozen, and buffers."""
-    trained = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
-    return trained | dict(model.named_buffers())
-
-
 # After the last step
 
 
-def _finish(config, output, folder, policy, tokenizer, measure, before, metrics) -> dict[str, Any]:
-    policy.zero_grad(set_to_none=True)
-    after = None if measure is None else measure(policy, before)
+def _finish(
+    config, output, folder, policy, weights, tokenizer, before, after, metrics
+) -> dict[str, Any]:
     final = output / (ADAPTER if config.lora else MODEL)
     with checkpoint.atomic_folder(final) as partial_folder:
-        policy.save_pretrained(partial_folder)
+        policy.save_pretrained(partial_folder, state_dict=weights)
         tokenizer.tokenizer.save_pretrained(partial_folder)
     title = f"{config.objective}, perception {config.perception}, sync every {config.sync_every}"
     if after is not None:

@@ -7,11 +7,12 @@ import torch
 from torch import Tensor, nn
 
 import humanline as hl
-from humanline.rows import IGNORE_INDEX, Rows
+from humanline.rows import IGNORE_INDEX, Layout, Rows
 from humanline.training.config import TrainConfig
 from humanline.training.errors import UserError
 from humanline.training.examples import Batch
 from humanline.training.model import Parts, parts
+from humanline.training.ranks import ALONE, Ranks
 
 #: Losses that are sums over the completion tokens of the whole optimizer step.
 _OVER_ITEMS = ("dapo", "cispo", "vespo")
@@ -97,12 +98,19 @@ def loss(
     of: list[Batch],
     bf16: bool = False,
     gradient_tolerance: float = 0.0,
+    ranks: Ranks = ALONE,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The batch's share of the loss of an optimizer step whose micro-batches are ``of``."""
+    """The batch's share of the loss of an optimizer step whose micro-batches are ``of``.
+
+    The step's loss is the sum over them, and the mean over ranks.
+    """
     extra, share = dict(batch.extra), 1 / len(of)
-    if isinstance(objective, hl.GRPO) and objective.loss_type in _OVER_ITEMS:
-        extra["num_items_in_batch"] = sum(int(b.completions.written.sum()) for b in of)
-        share = 1.0
+    if objective.loss_type in _OVER_ITEMS:
+        extra["num_items_in_batch"] = sum(b.whole.written for b in of)
+        share = float(ranks.count)
+    elif objective.loss_type in ("bnpo", "sft"):  # means over tokens: ranks have unequally many
+        mine, all_ranks = _tokens_averaged(objective, batch)
+        share *= ranks.count * mine / max(all_ranks, 1)
     with autocast(batch, bf16):
         policy = parts(model)
         prompts = policy.read_prompts(batch)
@@ -112,11 +120,41 @@ def loss(
                 extra["kl_logps"] = _logps(policy, mismatched)
             extra["kl_mask"] = mismatched["labels"] != IGNORE_INDEX
             extra["kl_cu_seqlens"] = mismatched["cu_seqlens"]
+            extra["kl_ref_logps"] = scores["kl_ref_logps"]
+        if ranks.count > 1 and batch.whole.mismatched:
+            extra = _with_reference_point(objective, extra, batch.whole.mismatched, ranks)
         rows = policy.rows(prompts, batch.completions)
         value, stats = objective.from_hidden(
-            **rows, **policy.head, **extra, **scores, gradient_tolerance=gradient_tolerance
+            **rows,
+            **policy.head,
+            **extra,
+            ref_logps=scores["ref_logps"],
+            gradient_tolerance=gradient_tolerance,
         )
     return value * share, stats
+
+
+def _tokens_averaged(objective: hl.Objective, batch: Batch) -> tuple[int, int]:
+    """How many tokens a loss that is their mean has, here and on all ranks."""
+    written = batch.completions.written
+    if isinstance(objective, hl.DPO):  # SFT on the chosen half
+        return int(written[: len(written) // 2].sum()), batch.whole.written_first
+    return int(written.sum()), batch.whole.written
+
+
+def _with_reference_point(
+    objective: hl.Objective, extra: dict[str, Any], pairs: int, ranks: Ranks
+) -> dict[str, Any]:
+    """KTO's z0 of all ranks' mismatched pairs in place of this rank's, which may be none."""
+    names = ("kl_logps", "kl_ref_logps", "kl_mask", "kl_cu_seqlens")
+    logps, ref_logps, mask, cu_seqlens = (extra.get(name) for name in names)
+    total = 0.0
+    if logps is not None:
+        d = torch.where(mask, logps - ref_logps, 0).reshape(-1)
+        c = objective.perception.perceive(d, mask.reshape(-1))[0]
+        total = float(Layout.of(mask, cu_seqlens).sum(torch.where(mask.reshape(-1), c, 0)).sum())
+    z0 = max(sum(ranks.gather("KTO's reference point", total)) / pairs, 0.0)
+    return {name: x for name, x in extra.items() if name not in names} | {"z0": z0}
 
 
 @torch.no_grad()

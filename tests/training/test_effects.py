@@ -18,7 +18,7 @@ ALWAYS = {
     *("objective", "perception", "sync_every", "reference", "model", "data", "loss_type", "beta"),
     *("learning_rate", "warmup_steps", "max_steps", "per_device_train_batch_size"),
     *("gradient_accumulation_steps", "max_grad_norm", "max_length", "max_bad_rows", "seed"),
-    "gradient_tolerance",
+    *("gradient_tolerance", "ddp_timeout", "fsdp"),  # the last two depend on the launch
     *("lora", "device", "dtype", "bf16", "padding_free", "gradient_checkpointing", "save_steps"),
 }
 
