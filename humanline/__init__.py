@@ -14,6 +14,7 @@ from humanline.checks import debug
 from humanline.mismatched import mismatched_pairs, mismatched_rows
 from humanline.objectives import DPO, GRPO, KTO, PPO, SFT, Objective, SimPO, SLiC, TokenObjective
 from humanline.ops import linear_token_logps, shift, token_logps
+from humanline.parallel import Parallel
 from humanline.perception import BetaRejection, Clip, Identity, Perception, ProspectWeight
 from humanline.rows import Layout, Rows
 from humanline.version import __version__
@@ -29,6 +30,7 @@ __all__ = [
     "Identity",
     "Layout",
     "Objective",
+    "Parallel",
     "Perception",
     "ProspectWeight",
     "Rows",

@@ -90,6 +90,8 @@ def require_tensors_or_none(**tensors: Any) -> None:
 # A bare full_tensor() takes the gradient for the same on all ranks: of a weight each would keep its
 # slice of what its own rows gave, and the other ranks' rows would be lost.
 _UNSHARD = (
+    "where the ranks of its mesh have the same rows (tensor parallel), name them, "
+    "parallel=humanline.Parallel(vocab=…); where each has rows of its own, "
     "call unshard() of the FSDP2 module that holds it first, or pass "
     '{0}.full_tensor(grad_placements=[Partial("avg")]), one Partial for each dimension of the mesh '
     "(from torch.distributed.tensor), which averages over ranks what each one's rows give. "

@@ -278,6 +278,20 @@ class HeadRows:
                     **self._constants,
                 )
 
+    def merge(self, shard) -> None:
+        """Make the statistics those of a whole vocabulary, of which ``z`` is a slice.
+
+        Args:
+            shard: the slice, a ``humanline.ops.vocabulary.Shard``.
+        """
+        nats = 1.0 / self._temperature
+        if self._bias is None and not self._constants["SOFTCAP"]:
+            nats = nats * self._scalars[0]  # the maximum is that of the bare product
+        mine = self.logps, self._max, self._sum, self.entropy
+        for x, whole in zip(mine, shard.merge(self._labels, *mine, nats), strict=True):
+            if x is not None:
+                x.copy_(whole)
+
     def gradient(
         self,
         out: Tensor,

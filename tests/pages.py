@@ -34,6 +34,10 @@ class Block:
         return "integrations.trl" in self.code or "patch_trl" in self.code
 
     @property
+    def needs_ranks(self) -> bool:
+        return "hl.Parallel(" in self.code
+
+    @property
     def is_program(self) -> bool:
         return self.code.startswith("# a whole program\n")
 

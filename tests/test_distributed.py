@@ -1,25 +1,21 @@
 """Two processes (gloo): references to DDP and FSDP2 models, KTO's reference point, groups."""
 
 import copy
-import os
-import time
-import traceback
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import Collectives, require_passed, run
 from test_reference_kinds import Model, loss_of, make_optimizer, score
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Partial
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import humanline as hl
 from humanline.reference import REFERENCES, ReferenceCopy
 
-RANKS, SECONDS, STEPS = 2, 60, 6
+RANKS, STEPS = 2, 6
 
 
 class Wide(Model):
@@ -31,19 +27,6 @@ class Wide(Model):
 
     def forward(self, ids):
         return super().forward(ids) + self.norm(torch.ones(2, 5).cumsum(0)).sum()
-
-
-class Collectives(TorchDispatchMode):
-    """Within this context, communication is written down."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if "c10d" in func.namespace:
-            self.seen.append(func.name())
-        return func(*args, **(kwargs or {}))
 
 
 def make_steps(rank):
@@ -262,50 +245,11 @@ CHECKS = [
 ]
 
 
-def worker(rank, folder):
-    """Every check in turn. After one that failed the ranks may be out of step: stop."""
-    torch.set_num_threads(1)
-    store = dist.FileStore(str(folder / "store"), RANKS)  # no port that another might take
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS)
-    for check in CHECKS:
-        try:
-            check(rank)
-            outcome = "passed"
-        except Exception:
-            outcome = traceback.format_exc()
-        (folder / f"{check.__name__}-{rank}").write_text(outcome)
-        if outcome != "passed":
-            break
-    else:
-        dist.barrier()  # until the other rank needs nothing more of this one
-    # Not through the interpreter's end: gloo's threads outlive destroy_process_group, and one that
-    # wants the GIL by then, to let go of a tensor, aborts the process.
-    os._exit(0)
-
-
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory):
-    """What both processes had to say of each check; processes that hang are killed."""
-    folder = tmp_path_factory.mktemp("ranks")
-    processes = mp.spawn(worker, (folder,), nprocs=RANKS, join=False)
-    deadline = time.monotonic() + SECONDS
-    while not processes.join(timeout=1):
-        if time.monotonic() > deadline or any(
-            path.read_text() not in ("passed", "") for path in folder.glob("*-[01]")
-        ):
-            for process in processes.processes:
-                process.kill()
-            break
-
-    def outcome(check, rank):
-        path = folder / f"{check.__name__}-{rank}"
-        return path.read_text() if path.exists() else f"rank {rank} did not get there"
-
-    return outcome
+def outcome(tmp_path_factory):
+    return run(CHECKS, tmp_path_factory.mktemp("ranks"), RANKS)
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
-def test_in_two_processes(check, outcomes):
-    failed = [o for o in (outcomes(check, rank) for rank in range(RANKS)) if o != "passed"]
-    if failed:
-        pytest.fail("\n".join(failed), pytrace=False)
+def test_in_two_processes(check, outcome):
+    require_passed(check, outcome, RANKS)

@@ -19,8 +19,11 @@ from humanline.training.data import LAYOUTS, read_examples, read_questions
 
 PYTHON = pages.blocks("python")
 PROGRAMS = [block for block in PYTHON if block.is_program]
-# those for TRL's trainers: tests/integrations/test_trl_pages.py
-SNIPPETS = [block for block in PYTHON if not block.is_program and not block.needs_trl]
+# those for TRL's trainers: tests/integrations/test_trl_pages.py; for several processes:
+# tests/parallel/
+SNIPPETS = [
+    block for block in PYTHON if not (block.is_program or block.needs_trl or block.needs_ranks)
+]
 SAMPLES = pages.blocks("json")
 LINES = [
     line.split("#")[0].strip() for block in pages.blocks("sh") for line in block.code.splitlines()

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from humanline import autograd, checks, ops
 from humanline.dtypes import at_least_float32
+from humanline.parallel import Parallel
 from humanline.perception import Identity, Perception
 from humanline.rows import IGNORE_INDEX, Layout, Rows
 from humanline.seam import Problem
@@ -188,6 +189,7 @@ class Objective:
         cu_seqlens: Tensor | None = None,
         backend: str | None = None,
         inplace: bool = False,
+        parallel: Parallel | None = None,
         **batch: Any,
     ) -> Result:
         """Loss from logits.
@@ -204,24 +206,33 @@ class Objective:
                 Spares nothing with float16 logits or under ``torch.compile``, where the gradient
                 is not formed in the forward. On the Triton backend an objective without a device
                 function is then computed in blocks by torch, which is slower.
+            parallel: who shares what among processes; with ``vocab`` the logits are
+                ``[..., V/P]``, this rank's slice, and not to be had ``inplace``.
 
         Returns, raises: see :meth:`from_logps`.
         """
-        checks.require_tensors(logits=logits, labels=labels)
+        checks.require_tensors(labels=labels)
         checks.require_tensors_or_none(cu_seqlens=cu_seqlens)
         layout = Layout.of(labels != IGNORE_INDEX, cu_seqlens)
-        ops.check_logits(logits, labels, temperature)
+        logits, shard = ops.sliced_logits(logits, parallel)
+        ops.check_logits(logits, labels, temperature, shard)
         problem = self._problem(layout, ref_logps, batch)
         backend = ops.choose_backend(logits, backend)
-        at_once = ops.logits_objective(problem, logits, labels, temperature, backend, inplace)
-        if at_once is not None:
-            return at_once
-        result = ops.token_logps(
-            logits, labels, temperature, return_entropy=self.needs_entropy, backend=backend
+        checks.require(
+            shard is None or not inplace,
+            lambda: (
+                "inplace=True forms the gradient while the logits are at hand: not where their "
+                f"vocabulary is split over the {shard.axis}"
+            ),
         )
-        return ops.finish(
-            problem, *(result if self.needs_entropy else (result, None)), backend=backend
+        if shard is None:
+            at_once = ops.logits_objective(problem, logits, labels, temperature, backend, inplace)
+            if at_once is not None:
+                return at_once
+        logps, entropy = ops.logits_logps(
+            logits, labels, temperature, self.needs_entropy, backend, shard
         )
+        return ops.finish(problem, logps, entropy, backend)
 
     @autograd.uncompiled
     def from_hidden(
@@ -243,6 +254,7 @@ class Objective:
         backend: str | None = None,
         capturable: bool = False,
         gradient_tolerance: float = 0.0,
+        parallel: Parallel | None = None,
         **batch: Any,
     ) -> Result:
         """Loss from hidden states and the output head, never holding all logits.
@@ -267,14 +279,18 @@ class Objective:
                 "humanline/kept_columns": a mean over blocks weighted by their rows; 0 where there
                 was none, or before the backward where that is what chooses them: where it forms the
                 logits of active rows again.
+            parallel: who shares what among processes; with ``vocab`` weights and biases are
+                this rank's slices, ``[V/P, H]`` and ``[V/P]``.
 
         Returns, raises: see :meth:`from_logps`.
         """
-        checks.require_tensors(hidden=hidden, weight=weight, labels=labels)
+        checks.require_tensors(labels=labels)
         checks.require_tensors_or_none(cu_seqlens=cu_seqlens)
         ops.check_tolerance(gradient_tolerance, capturable)
         layout = Layout.of(labels != IGNORE_INDEX, cu_seqlens)
-        head = ops.Head(bias, temperature, logit_scale, logit_softcap)
+        options = ops.Head(bias, temperature, logit_scale, logit_softcap)
+        hidden, weight, head = ops.sliced_head(hidden, weight, options, parallel)
+        ops.check_sliced(head, capturable, gradient_tolerance)
         ops.check_hidden(hidden, weight, labels, head)
         backend = ops.choose_backend(hidden, backend)
         how = workspace_bytes, backend, capturable, gradient_tolerance
@@ -284,14 +300,15 @@ class Objective:
                 "ref_weight and ref_bias are the head of ref_hidden, which was not given",
             )
             problem = self._problem(layout, ref_logps, batch)
-            return ops.linear_objective(problem, hidden, weight, labels, head, *how)
+            return ops.linear_objective(problem, hidden, weight, head.labels(labels), head, *how)
         checks.require(
             ref_logps is None and ref_weight is not None,
             "the reference is given by ref_logps, or by ref_hidden and ref_weight; got "
             + ("ref_hidden without ref_weight" if ref_logps is None else "both"),
         )
-        ref_head = replace(head, bias=ref_bias)
-        ops.check_hidden(ref_hidden, ref_weight, labels, ref_head, "ref_")
+        options = replace(options, bias=ref_bias)
+        of_ref = ops.sliced_head(ref_hidden, ref_weight, options, parallel, "ref_")
+        ops.check_hidden(*of_ref[:2], labels, of_ref[2], "ref_")
         # Whatever is wrong with the batch is found before the reference's GEMM runs.
         unknown = torch.zeros(labels.shape, device=labels.device)
         problem = self._problem(layout, unknown, batch)
@@ -307,9 +324,10 @@ class Objective:
                 workspace_bytes=workspace_bytes,
                 backend=backend,
                 capturable=capturable,
+                parallel=parallel,
             )
         problem = replace(problem, ref_logps=ref_logps.reshape(-1))
-        return ops.linear_objective(problem, hidden, weight, labels, head, *how)
+        return ops.linear_objective(problem, hidden, weight, head.labels(labels), head, *how)
 
     def _problem(self, layout: Layout, ref_logps: Tensor | None, batch: dict[str, Any]) -> Problem:
         for name, x in batch.items():  # an objective of one's own may take what it likes, but whole

@@ -3,28 +3,45 @@
 import torch
 from torch import Tensor
 
+from humanline.ops.vocabulary import Shard
+
 
 class SoftmaxBlock:
     """Log-probs of ``labels [n]`` under ``logits [n, V]`` (float32 or float64, overwritten).
+
+    Args:
+        with_entropy: also compute each row's entropy.
+        shard: the slice of a vocabulary that the logits are of; labels then count as its do.
 
     Attributes:
         logps: ``[n]``.
         entropy: ``[n]`` in nats, if asked for.
     """
 
-    def __init__(self, logits: Tensor, labels: Tensor, with_entropy: bool = False):
-        self.labels = labels[:, None]
+    def __init__(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        with_entropy: bool = False,
+        shard: Shard | None = None,
+    ):
+        self._set_labels(labels, shard)
         top = logits.amax(-1, keepdim=True)
         picked = logits.gather(1, self.labels) - top
         exp = logits.sub_(top).exp_()
         total = exp.sum(-1, keepdim=True)
         self.logps = (picked - total.log()).squeeze(1)
         self.row_max, self.row_sum = top.squeeze(1), total.squeeze(1)
+        self._total = self.row_sum  # of the exponentials
         # The division by the sum is left to the gradient: a forward alone does without that pass.
         self._exp = exp
         self.entropy = None
         if with_entropy:
             self.entropy = self._minus_p_log_p().sum(-1)
+        if shard is not None:
+            whole = shard.merge(labels, self.logps, self.row_max, self.row_sum, self.entropy)
+            self.logps, self.row_max, self.row_sum, self.entropy = whole
+            self._total = self.row_sum * (self.row_max - top.squeeze(1)).exp()
 
     @classmethod
     def again(
@@ -35,16 +52,24 @@ class SoftmaxBlock:
         row_max: Tensor,
         row_sum: Tensor,
         entropy: Tensor | None,
+        shard: Shard | None = None,
     ) -> "SoftmaxBlock":
         """The block as it was, from the same logits and what was kept of it."""
         block = cls.__new__(cls)
-        block.labels, block.logps, block.entropy = labels[:, None], logps, entropy
-        block.row_max, block.row_sum = row_max, row_sum
+        block._set_labels(labels, shard)
+        block.logps, block.entropy = logps, entropy
+        block.row_max = row_max
+        block.row_sum = block._total = row_sum
         block._exp = logits.sub_(row_max[:, None]).exp_()
         return block
 
+    def _set_labels(self, labels: Tensor, shard: Shard | None) -> None:
+        """Of a label that is no column here, the last column stands in its place."""
+        self._here = None if shard is None else (labels < shard.size)[:, None]
+        self.labels = (labels if shard is None else labels.clamp(max=shard.size - 1))[:, None]
+
     def _minus_p_log_p(self) -> Tensor:
-        p = self._exp / self.row_sum[:, None]
+        p = self._exp / self._total[:, None]
         return torch.special.entr(p, out=p)
 
     def keep(self, kept: Tensor) -> None:
@@ -52,6 +77,9 @@ class SoftmaxBlock:
         self.labels, self.logps = self.labels[kept], self.logps[kept]
         self._exp = to_front_(self._exp, kept)
         self.row_max, self.row_sum = self.row_max[kept], self.row_sum[kept]
+        self._total = self._total[kept]
+        if self._here is not None:
+            self._here = self._here[kept]
         if self.entropy is not None:
             self.entropy = self.entropy[kept]
 
@@ -62,7 +90,7 @@ class SoftmaxBlock:
         """
         # 1 − p at the label from the log-prob: as p → 1 the difference would cancel.
         at_label = -torch.expm1(self.logps)[:, None]
-        total = self.row_sum[:, None]
+        total = self._total[:, None]
         if of_logp is not None:
             at_label = at_label * of_logp[:, None]
         entropy_grad = None
@@ -74,6 +102,8 @@ class SoftmaxBlock:
         grad = self._exp.mul_(-1 / total if of_logp is None else -of_logp[:, None] / total)
         if entropy_grad is not None:
             grad += entropy_grad
+        if self._here is not None:
+            at_label = torch.where(self._here, at_label, grad.gather(1, self.labels))
         return grad.scatter_(1, self.labels, at_label)
 
 

@@ -85,6 +85,10 @@ def every_function(return_entropy: bool) -> Iterator[Tensor]:
     yield (logps + entropy).sum()
     either = hl.linear_token_logps(hidden, weight, labels, return_entropy=return_entropy)
     yield either.sum() if isinstance(either, Tensor) else either[0].sum()
+    alone = hl.Parallel(vocab=None)
+    yield hl.token_logps(logits, labels, parallel=alone).sum()
+    yield hl.linear_token_logps(hidden, weight, labels, parallel=alone).sum()
+    yield hl.DPO().from_hidden(hidden, weight, labels, ref_logps, parallel=alone)[0]
     completion = token_ids.index_fill(1, torch.tensor([0]), -100)
     rows = hl.mismatched_rows(token_ids, completion, torch.ones_like(token_ids), pad_token_id=1)
     yield rows["input_ids"].sum()
@@ -115,6 +119,8 @@ if TYPE_CHECKING:  # what follows does not run
     hl.linear_token_logps(hidden, weight, labels).foo()  # type: ignore[attr-defined]
     hl.group_advantages(advantages)  # type: ignore[call-arg]
     hl.mismatched_rows(token_ids, labels, pad=0)  # type: ignore[call-arg]
+    hl.Parallel(tensor=None)  # type: ignore[call-arg]
+    hl.token_logps(logits, labels, parallel="tp")  # type: ignore[call-overload]
     hl.shift([1, 2])  # type: ignore[arg-type]
     hl.patch_trl(0.01)  # type: ignore[call-arg]
     hl.patch_trl(tolerance=0.01)  # type: ignore[call-arg]

@@ -59,7 +59,7 @@ class TorchBlock:
         divide_by_temperature(z, head.temperature, index)
         if observe is not None:
             observe(indices(index, labels), z)
-        self._softmax = SoftmaxBlock(z, labels[index].long(), with_entropy)
+        self._softmax = SoftmaxBlock(z, labels[index].long(), with_entropy, head.shard)
         self.logps, self.entropy = self._softmax.logps, self._softmax.entropy
 
     @staticmethod
@@ -111,6 +111,8 @@ class TritonBlock:
             head.logit_softcap,
             with_entropy,
         )
+        if head.shard is not None:
+            self._rows.merge(head.shard)
         self.logps, self.entropy = self._rows.logps, self._rows.entropy
 
     @staticmethod

@@ -94,7 +94,8 @@ def hidden_gradient(
     elif weight.dtype == dtype:
         product = dz @ weight
     else:
-        of_rows = labels[index].long()
+        # where a shard has not the label, its last column, which is no worse than any
+        of_rows = labels[index].long().clamp(max=len(weight) - 1)
         at_label = of_rows[:, None]
         # zeros, not 0: torch scatters a number far slower than a tensor
         zeros = torch.zeros_like(at_label, dtype=weight.dtype)

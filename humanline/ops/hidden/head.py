@@ -8,6 +8,8 @@ from torch import Tensor
 
 from humanline import checks
 from humanline.ops.temperature import check_temperature, row_temperature
+from humanline.ops.vocabulary import Shard, local_part
+from humanline.parallel import Parallel, check_parallel
 from humanline.rows import IGNORE_INDEX
 
 WORKSPACE_BYTES = 512 * 2**20
@@ -16,16 +18,54 @@ WORKSPACE_BYTES = 512 * 2**20
 @dataclass(frozen=True)
 class Head:
     """What happens to ``hidden @ weight.T`` before the softmax, in this order: ``+ bias``,
-    ``· logit_scale``, ``logit_softcap · tanh(· / logit_softcap)``, ``/ temperature``."""
+    ``· logit_scale``, ``logit_softcap · tanh(· / logit_softcap)``, ``/ temperature``.
+
+    ``shard`` is the slice of the vocabulary that the weight is of; labels count as its do."""
 
     bias: Tensor | None = None
     temperature: float | Tensor = 1.0
     logit_scale: float = 1.0
     logit_softcap: float | None = None
+    shard: Shard | None = None
 
     def for_rows(self, labels: Tensor) -> "Head":
         """The same with the temperature as a tensor, flat or scalar."""
         return replace(self, temperature=row_temperature(self.temperature, labels))
+
+    def labels(self, labels: Tensor) -> Tensor:
+        """As the kernels take them, see :meth:`Shard.labels`."""
+        return labels if self.shard is None else self.shard.labels(labels)
+
+    def as_wide(self, weight: Tensor) -> Tensor:
+        """As many columns as blocks of rows have to be cut for, see :meth:`Shard.as_wide`."""
+        return weight if self.shard is None else self.shard.as_wide(weight)
+
+
+def sliced_head(
+    hidden: Tensor, weight: Tensor, head: Head, parallel: Parallel | None, prefix: str = ""
+) -> tuple[Tensor, Tensor, Head]:
+    """Hidden states, this rank's weight, and the head with the slice of the vocabulary that it is
+    of, if that is split."""
+    parallel = check_parallel(parallel)
+    weight = local_part(weight, prefix + "weight", parallel, 0)
+    bias = local_part(head.bias, prefix + "bias", parallel, 0)
+    checks.require_tensors(**{prefix + "weight": weight})
+    shard = Shard.of(parallel, weight.shape[0] if weight.dim() else 0, weight.device)
+    if shard is not None and isinstance(hidden, Tensor):
+        hidden = shard.hidden(hidden, prefix + "hidden")
+    return hidden, weight, replace(head, bias=bias, shard=shard)
+
+
+def check_sliced(head: Head, capturable: bool, gradient_tolerance: float) -> None:
+    """Raise ValueError where a split vocabulary does not go with an option."""
+    for name, given in {"capturable": capturable, "gradient_tolerance": gradient_tolerance}.items():
+        checks.require(
+            not given or head.shard is None,
+            lambda name=name, given=given: (
+                f"{name} needs the whole vocabulary on a rank, got {given} and one that is split "
+                f"over the {head.shard.axis}"
+            ),
+        )
 
 
 def check_hidden(
@@ -75,5 +115,6 @@ def check_hidden(
         lambda: f"logit_softcap must be positive or None, got {head.logit_softcap}",
     )
     checks.require_same_device(hidden=hidden, weight=weight, labels=labels, bias=head.bias)
-    checks.require_labels(labels, weight.shape[0], IGNORE_INDEX)
+    vocab = weight.shape[0] if head.shard is None else head.shard.total
+    checks.require_labels(labels, vocab, IGNORE_INDEX)
     check_temperature(head.temperature, labels)

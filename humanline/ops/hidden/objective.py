@@ -67,14 +67,14 @@ def _linear_objective(
     with_entropy = problem.objective.needs_entropy
     hidden, weight = under_autocast(hidden, weight)
     check_capturable(capturable, backend)
-    fitting = block_rows(BLOCKS[backend], weight, head, with_entropy, workspace_bytes)
+    fitting = block_rows(BLOCKS[backend], head.as_wide(weight), head, with_entropy, workspace_bytes)
     rows = hidden.reshape(-1, hidden.shape[-1]), weight
     flat = labels.reshape(-1), head.for_rows(labels)
     blocks = plan = None
     if _trains(hidden, weight, head.bias) and not capturable:
         head_trains = _trains(weight, head.bias)
         if backend == "triton" and (head_trains or problem.coupling == "token"):
-            plan = stacked.plan(problem, weight, head_trains, workspace_bytes)
+            plan = stacked.plan(problem, weight, head, head_trains, workspace_bytes)
         if plan is not None:
             return stacked.stacked_objective(problem, *rows, *flat, plan, columns)
         if backend == "torch" or with_entropy:  # else it takes a second pass over the logits

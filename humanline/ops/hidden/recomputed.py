@@ -15,6 +15,7 @@ from torch import Tensor
 
 from humanline.ops.hidden.blocks import padded_length
 from humanline.ops.hidden.head import Head
+from humanline.ops.vocabulary import Shard
 
 
 def forward(
@@ -43,6 +44,10 @@ def forward(
         index=None if in_order else index,
         count=count,
     )
+    if head.shard is not None:
+        temperature = head.temperature
+        nats = 1 / (temperature[index] if temperature.dim() else temperature)
+        results = _merged(head.shard, labels[index], results, nats)
     if in_order:
         return results
 
@@ -50,6 +55,12 @@ def forward(
         return None if x is None else x.new_zeros(len(labels)).index_copy_(0, index, x)
 
     return tuple(map(spread, results))
+
+
+def _merged(shard: Shard, labels: Tensor, results: tuple, nats: Tensor) -> tuple:
+    logps, entropy, row_max, row_sum = results
+    logps, row_max, row_sum, entropy = shard.merge(labels, logps, row_max, row_sum, entropy, nats)
+    return logps, entropy, row_max, row_sum
 
 
 class RecomputedBlock:

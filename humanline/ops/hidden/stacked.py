@@ -77,10 +77,15 @@ class Plan:
         return max((e for e in self.ends() if e <= start + room), default=start)
 
 
-def plan(problem: Problem, weight: Tensor, trains: bool, workspace_bytes: int) -> Plan | None:
+def plan(
+    problem: Problem, weight: Tensor, head: Head, trains: bool, workspace_bytes: int
+) -> Plan | None:
     """How the rows of a problem are stacked; None where another way has to be found, as they depend
     on one another and do not fit, or coefficients are needed too early; or is faster."""
-    arguments = problem.kernel_arguments() if problem.coupling == "token" else None
+    arguments = None
+    if problem.coupling == "token" and head.shard is None:  # else log-probs are still to be merged
+        arguments = problem.kernel_arguments()
+    weight = head.as_wide(weight)
     if problem.objective.needs_entropy and arguments is None:
         return None
     rows, lengths = labelled_rows(problem)
@@ -315,6 +320,8 @@ class _Rows:
                 entropy=None if self._entropy is None else self._entropy[some],
                 token_loss=token,
             )
+            if head.shard is not None:
+                block.merge(head.shard)
             block.gradient(
                 stack.place(first - start, n),
                 None,

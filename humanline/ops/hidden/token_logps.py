@@ -32,9 +32,16 @@ from humanline.ops.hidden.blocks import (
 from humanline.ops.hidden.columns import Columns, check_tolerance, row_weights
 from humanline.ops.hidden.gemms import HeadGradients, hidden_gradient, write_hidden_gradient_
 from humanline.ops.hidden.gradients import split_scale
-from humanline.ops.hidden.head import WORKSPACE_BYTES, Head, check_hidden
+from humanline.ops.hidden.head import (
+    WORKSPACE_BYTES,
+    Head,
+    check_hidden,
+    check_sliced,
+    sliced_head,
+)
 from humanline.ops.hidden.schedule import split_rows, split_runs
 from humanline.ops.scaling import scaled_gradient
+from humanline.parallel import Parallel
 from humanline.rows import IGNORE_INDEX
 from humanline.seam import Coefficients
 
@@ -55,6 +62,7 @@ def linear_token_logps(
     backend: str | None = None,
     capturable: bool = False,
     gradient_tolerance: float = 0.0,
+    parallel: Parallel | None = None,
 ) -> Tensor: ...
 @overload
 def linear_token_logps(
@@ -72,6 +80,7 @@ def linear_token_logps(
     backend: str | None = None,
     capturable: bool = False,
     gradient_tolerance: float = 0.0,
+    parallel: Parallel | None = None,
 ) -> tuple[Tensor, Tensor]: ...
 @overload
 def linear_token_logps(
@@ -89,6 +98,7 @@ def linear_token_logps(
     backend: str | None = None,
     capturable: bool = False,
     gradient_tolerance: float = 0.0,
+    parallel: Parallel | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]: ...
 @autograd.uncompiled
 def linear_token_logps(
@@ -106,6 +116,7 @@ def linear_token_logps(
     backend: str | None = None,
     capturable: bool = False,
     gradient_tolerance: float = 0.0,
+    parallel: Parallel | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Log-probs of ``labels`` under the head ``softmax((hidden @ weight.T + bias) / temperature)``.
 
@@ -144,6 +155,8 @@ def linear_token_logps(
             are known: there every row counts alike, and δ bounds the root mean square of the
             rows' relative errors. Beside the workspace it takes, by estimate, 40 MiB on a CPU and
             256 MiB on a GPU in half precision.
+        parallel: its ``vocab`` says whose slices of the vocabulary weight and bias are. Exact
+            alone, not ``capturable``; an ``observe`` sees the logits of the slice.
 
     Returns:
         ``[...]`` log-probs in nats, float32 (float64 from float64); with ``return_entropy`` a tuple
@@ -152,7 +165,7 @@ def linear_token_logps(
     Raises:
         ValueError: shapes, dtypes or devices do not fit; a label outside ``[0, V)`` that is not
             -100; a workspace that does not hold one row; ``capturable`` on the torch backend or
-            with a ``gradient_tolerance``; one that is not in [0, 1).
+            with a ``gradient_tolerance``; one that is not in [0, 1); either with a ``vocab`` axis.
     """
     return logps_and_columns(
         *(hidden, weight, labels, bias, temperature),
@@ -164,6 +177,7 @@ def linear_token_logps(
         backend=backend,
         capturable=capturable,
         gradient_tolerance=gradient_tolerance,
+        parallel=parallel,
     )[0]
 
 
@@ -183,11 +197,16 @@ def logps_and_columns(
     backend: str | None,
     capturable: bool,
     gradient_tolerance: float,
+    parallel: Parallel | None = None,
 ) -> tuple[Tensor | tuple[Tensor, Tensor], Columns]:
     """What :func:`linear_token_logps` returns, and what chooses the columns of its gradient."""
     check_tolerance(gradient_tolerance, capturable)
-    head = Head(bias, temperature, logit_scale, logit_softcap)
+    hidden, weight, head = sliced_head(
+        hidden, weight, Head(bias, temperature, logit_scale, logit_softcap), parallel
+    )
+    check_sliced(head, capturable, gradient_tolerance)
     check_hidden(hidden, weight, labels, head)
+    labels = head.labels(labels)
     hidden, weight = under_autocast(hidden, weight)
     if observe is not None:  # the kernels never have the logits as the head's options leave them
         checks.require(
@@ -228,7 +247,7 @@ def head_logps(
     unit = _only_hidden_trains(hidden, weight, bias) and not return_entropy and not capturable
     no_logits = backend == "triton" and not unit
     kind = recomputed.RecomputedBlock if no_logits else BLOCKS[backend]
-    rows = block_rows(kind, weight, head, return_entropy, workspace_bytes)
+    rows = block_rows(kind, head.as_wide(weight), head, return_entropy, workspace_bytes)
     logps, entropy = _LinearTokenLogps.apply(
         hidden.reshape(-1, hidden.shape[-1]),
         weight,

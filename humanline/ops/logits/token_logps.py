@@ -15,6 +15,8 @@ from humanline.ops.temperature import (
     divide_by_temperature,
     row_temperature,
 )
+from humanline.ops.vocabulary import Shard, local_part
+from humanline.parallel import Parallel, check_parallel
 from humanline.rows import IGNORE_INDEX
 from humanline.seam import Coefficients
 
@@ -27,6 +29,7 @@ def token_logps(
     *,
     return_entropy: Literal[False] = False,
     backend: str | None = None,
+    parallel: Parallel | None = None,
 ) -> Tensor: ...
 @overload
 def token_logps(
@@ -36,6 +39,7 @@ def token_logps(
     *,
     return_entropy: Literal[True],
     backend: str | None = None,
+    parallel: Parallel | None = None,
 ) -> tuple[Tensor, Tensor]: ...
 @overload
 def token_logps(
@@ -45,6 +49,7 @@ def token_logps(
     *,
     return_entropy: bool,
     backend: str | None = None,
+    parallel: Parallel | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]: ...
 def token_logps(
     logits: Tensor,
@@ -53,6 +58,7 @@ def token_logps(
     *,
     return_entropy: bool = False,
     backend: str | None = None,
+    parallel: Parallel | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Log-probs of ``labels`` under ``softmax(logits / temperature)``.
 
@@ -62,6 +68,8 @@ def token_logps(
         temperature: a float, or a tensor with one value a row, ``[...]``.
         return_entropy: also return the entropy of each row, in nats.
         backend: "triton" or "torch"; None chooses by device.
+        parallel: its ``vocab`` says whose slices of the vocabulary the logits are;
+            not under ``torch.compile``.
 
     Returns:
         ``[...]`` log-probs in nats, float32 (float64 from float64 logits); with ``return_entropy``
@@ -72,11 +80,29 @@ def token_logps(
             -100; a temperature that is not positive; a DTensor.
         TypeError: something else than a tensor or a number.
     """
-    check_logits(logits, labels, temperature)
-    temperature = row_temperature(temperature, labels)
+    logits, shard = sliced_logits(logits, parallel)
+    check_logits(logits, labels, temperature, shard)
     backend = choose_backend(logits, backend)
-    logps, entropy, *_ = _token_logps(logits, labels, temperature, return_entropy, backend)
+    logps, entropy = logits_logps(logits, labels, temperature, return_entropy, backend, shard)
     return (logps, entropy) if return_entropy else logps
+
+
+def logits_logps(
+    logits: Tensor,
+    labels: Tensor,
+    temperature: float | Tensor,
+    with_entropy: bool,
+    backend: str,
+    shard: Shard | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Log-probs and, if asked for, entropies, of what is checked."""
+    temperature = row_temperature(temperature, labels)
+    if shard is None:
+        logps, entropy, *_ = _token_logps(logits, labels, temperature, with_entropy, backend)
+    else:
+        labels = shard.labels(labels)
+        logps, entropy = _OfShard.apply(logits, labels, temperature, with_entropy, backend, shard)
+    return logps, entropy if with_entropy else None
 
 
 def shift(labels: Tensor) -> Tensor:
@@ -95,7 +121,18 @@ def shift(labels: Tensor) -> Tensor:
     return torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
 
 
-def check_logits(logits: Tensor, labels: Tensor, temperature: float | Tensor) -> None:
+def sliced_logits(logits: Tensor, parallel: Parallel | None) -> tuple[Tensor, Shard | None]:
+    """This rank's logits, and the slice of the vocabulary that they are, if it is split."""
+    parallel = check_parallel(parallel)
+    logits = local_part(logits, "logits", parallel, -1)
+    checks.require_tensors(logits=logits)
+    columns = logits.shape[-1] if logits.dim() else 0
+    return logits, Shard.of(parallel, columns, logits.device)
+
+
+def check_logits(
+    logits: Tensor, labels: Tensor, temperature: float | Tensor, shard: Shard | None = None
+) -> None:
     checks.require_tensors(logits=logits, labels=labels)
     checks.require_floating(logits=logits)
     checks.require(
@@ -106,7 +143,8 @@ def check_logits(logits: Tensor, labels: Tensor, temperature: float | Tensor) ->
         ),
     )
     checks.require_same_device(logits=logits, labels=labels)
-    checks.require_labels(labels, logits.shape[-1], IGNORE_INDEX)
+    vocab = logits.shape[-1] if shard is None else shard.total
+    checks.require_labels(labels, vocab, IGNORE_INDEX)
     check_temperature(temperature, labels)
 
 
@@ -118,12 +156,8 @@ def check_logits(logits: Tensor, labels: Tensor, temperature: float | Tensor) ->
 def _token_logps(
     logits: Tensor, labels: Tensor, temperature: Tensor, with_entropy: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if backend == "triton":
-        from humanline.kernels.token_logps import token_logps_forward
-
-        outputs = token_logps_forward(logits, labels, temperature, with_entropy)
-    else:
-        outputs = _forward_in_torch(logits, labels, temperature, with_entropy)
+    forward = _forward_in_triton if backend == "triton" else _forward_in_torch
+    outputs = forward(logits, labels, temperature, with_entropy)
     shape = labels.shape
     return tuple(x.view(shape) if x is not None else logits.new_empty(0) for x in outputs)
 
@@ -160,11 +194,7 @@ def _token_logps_backward(
         row_max,
         row_sum,
     )
-    if backend == "triton":
-        from humanline.kernels.token_logps import token_logps_backward
-
-        return token_logps_backward(*arguments)
-    return _backward_in_torch(*arguments)
+    return (_backward_in_triton if backend == "triton" else _backward_in_torch)(*arguments)
 
 
 @_token_logps_backward.register_fake
@@ -194,6 +224,55 @@ def _backward(ctx, g, g_entropy, *_):
 _token_logps.register_autograd(_backward, setup_context=_setup_context)
 
 
+class _OfShard(torch.autograd.Function):
+    """The same of a slice of the vocabulary, statistics merged after the forward's launch."""
+
+    @staticmethod
+    @autograd.forward
+    def forward(ctx, logits, labels, temperature, with_entropy, backend, shard):
+        flat = labels.reshape(-1)
+        if backend == "triton":
+            outputs, nats = (
+                _forward_in_triton(logits, flat, temperature, with_entropy),
+                1 / temperature,
+            )
+        else:
+            # where another rank has the label, some column's log-prob, which the merge leaves out
+            here = flat.clamp(max=shard.size - 1)
+            outputs, nats = _forward_in_torch(logits, here, temperature, with_entropy), 1.0
+        logps, entropy, row_max, row_sum = outputs
+        merged = shard.merge(flat, logps, row_max, row_sum, entropy, nats)
+        ctx.backend, ctx.shard = backend, shard
+        ctx.save_for_backward(logits, labels, temperature, *merged)
+        logps, _, _, entropy = merged
+        shape = labels.shape
+        return logps.view(shape), None if entropy is None else entropy.view(shape)
+
+    @staticmethod
+    @autograd.backward
+    def backward(ctx, g, g_entropy):
+        logits, labels, temperature, logps, row_max, row_sum, entropy = ctx.saved_tensors
+        arguments = (
+            *(g.contiguous(), None if entropy is None else g_entropy.contiguous()),
+            *(logits, labels, temperature, logps, entropy, row_max, row_sum),
+        )
+        if ctx.backend == "triton":
+            return _backward_in_triton(*arguments), *[None] * 5
+        return _backward_in_torch(*arguments, ctx.shard), *[None] * 5
+
+
+def _forward_in_triton(logits, labels, temperature, with_entropy):
+    from humanline.kernels.token_logps import token_logps_forward
+
+    return token_logps_forward(logits, labels, temperature, with_entropy)
+
+
+def _backward_in_triton(*arguments) -> Tensor:
+    from humanline.kernels.token_logps import token_logps_backward
+
+    return token_logps_backward(*arguments)
+
+
 def _forward_in_torch(logits, labels, temperature, with_entropy):
     labels, dtype = labels.reshape(-1), compute_dtype(logits.dtype)
     logps, row_max, row_sum = (logits.new_zeros(len(labels), dtype=dtype) for _ in range(3))
@@ -209,11 +288,12 @@ def _forward_in_torch(logits, labels, temperature, with_entropy):
 
 
 def _backward_in_torch(
-    g, g_entropy, logits, labels, temperature, logps, entropy, row_max, row_sum
+    g, g_entropy, logits, labels, temperature, logps, entropy, row_max, row_sum, shard=None
 ) -> Tensor:
     labels = labels.reshape(-1)
     coefficients = Coefficients(g.reshape(-1), None if g_entropy is None else g_entropy.reshape(-1))
-    logps, entropy, row_max, row_sum = (x.reshape(-1) for x in (logps, entropy, row_max, row_sum))
+    logps, row_max, row_sum = (x.reshape(-1) for x in (logps, row_max, row_sum))
+    entropy = None if entropy is None else entropy.reshape(-1)
     active = coefficients.active() & (labels != IGNORE_INDEX)
     grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     grad_rows = grad.view(-1, logits.shape[-1])
@@ -228,6 +308,7 @@ def _backward_in_torch(
             row_max[rows],
             row_sum[rows],
             None if g_entropy is None else entropy[rows],
+            shard,
         )
         some = coefficients.take(rows)
         dz = block.gradient(some.logps, some.entropy)

@@ -1,0 +1,186 @@
+"""Who shares what among processes, and the collectives that follow from it.
+
+Along an axis the ranks share
+
+    vocab       the same rows, each has a slice of the vocabulary: of the head's weight, of logits
+    sequence    the same sequences, each has some rows of every one
+    data        the objective: each has sequences of its own
+
+Sums over ranks are taken in the order of the ranks, from what all of them have gathered, so that
+every rank has the same bits and decides alike. Hidden states' gradients alone are left to the
+backend's all-reduce.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from humanline import checks
+
+_SECONDS = 2.0  # that ranks which gave up have to say so
+# The same under its names before and after torch 2.13.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+class Axis:
+    """The ranks of a process group, and collectives among them, in which all have to take part.
+
+    Attributes:
+        ranks: of the default group.
+        rank: this one's place among them.
+        size: how many they are.
+    """
+
+    def __init__(self, name: str, group: Any):
+        self.name, self._group = name, group
+        self.ranks = dist.get_process_group_ranks(group)
+        self.rank, self.size = dist.get_rank(group), len(self.ranks)
+
+    def exchange(self, *numbers: int, device: torch.device) -> list[list[int]]:
+        """What each rank says: some whole numbers. Read back from the device."""
+        return self.gather(torch.tensor(numbers, dtype=torch.int64, device=device)).tolist()
+
+    def gather(self, x: Tensor) -> Tensor:
+        """``[P, …]`` of ``x``, of one shape on all ranks."""
+        everyones = x.new_empty(self.size, *x.shape)
+        if x.numel():
+            self._run(_all_gather, everyones.view(-1), x.reshape(-1).contiguous())
+        return everyones
+
+    def gather_rows(self, x: Tensor, sizes: list[int]) -> Tensor:
+        """``[Σ sizes, …]``: what ranks have ``sizes`` rows of, one rank after the other."""
+        padded = x.new_zeros(max(sizes), *x.shape[1:])
+        padded[: len(x)] = x
+        everyones = self.gather(padded)
+        return torch.cat([rows[:n] for rows, n in zip(everyones, sizes, strict=True)])
+
+    def sum_(self, x: Tensor) -> Tensor:
+        """The sum over ranks, in place; contiguous."""
+        if x.numel():
+            self._run(dist.all_reduce, x)
+        return x
+
+    def is_of(self, mesh: Any) -> bool:
+        """Whether a DeviceMesh has these ranks, and no other dimension."""
+        return mesh.ndim == 1 and mesh.mesh.tolist() == self.ranks
+
+    def _run(self, collective: Callable, *tensors: Tensor) -> None:
+        try:
+            collective(*tensors, group=self._group)
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"{self}: {self._missing()} {collective.__name__} on rank "
+                f"{self.ranks[self.rank]} ended with: {error}"
+            ) from error
+
+    def _missing(self) -> str:
+        """Who gives up says so in the group's store; who does not, is late or gone."""
+        try:
+            store = self._group.get_group_store()
+            keys = {rank: f"humanline/{self.name}/gave up/{rank}" for rank in self.ranks}
+            store.set(keys[self.ranks[self.rank]], "")
+            end = time.monotonic() + _SECONDS
+            while missing := [rank for rank in self.ranks if not store.check([keys[rank]])]:
+                if time.monotonic() > end:
+                    return f"rank {', '.join(map(str, missing))} did not come."
+                time.sleep(_SECONDS / 20)
+        except Exception:  # the store may have gone with the rank that held it
+            return "a rank did not come."
+        return "all ranks gave up."
+
+    def __str__(self) -> str:
+        return f"{self.name} axis of ranks {self.ranks}"
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """Who shares what: for each axis a process group, a one-dimensional DeviceMesh, or None.
+
+    >>> hl.Parallel(vocab=mesh["tp"], sequence=mesh["cp"], data=mesh["dp"])  # doctest: +SKIP
+
+    Every rank of an axis makes the same calls. Each reads some sizes back from the device.
+
+    Args:
+        vocab: ranks with the same rows, and a slice of the vocabulary each, in their order, of any
+            sizes: ``weight [V/P, H]``, ``bias [V/P]``, ``logits [..., V/P]``, or DTensors of
+            these. Labels count from the start of the whole vocabulary. Losses, statistics and
+            log-probs are the same on all ranks to the last bit. The gradient of hidden states is
+            summed over ranks, that of a slice is whole where it is.
+
+    Raises:
+        TypeError: what is given as an axis is none.
+        ValueError: a mesh of several dimensions; a group without this rank.
+    """
+
+    vocab: Any = None
+
+    def __post_init__(self):
+        self._axes  # noqa: B018 (looks at what is given)
+
+    @cached_property
+    def _axes(self) -> dict[str, Axis]:
+        groups = {name: _group(name, getattr(self, name)) for name in ("vocab",)}
+        return {name: Axis(name, group) for name, group in groups.items() if group is not None}
+
+    def axis(self, name: str) -> Axis | None:
+        """None where it is not shared."""
+        return self._axes.get(name)
+
+
+def check_parallel(parallel: Parallel | None) -> Parallel:
+    """What an entry point was given, or one that shares nothing.
+
+    Raises:
+        TypeError, ValueError: something else; within ``torch.compile``.
+    """
+    if parallel is None:
+        return ALONE
+    checks.require(
+        isinstance(parallel, Parallel),
+        lambda: f"parallel must be a humanline.Parallel, got {checks.given(parallel)}",
+        error=TypeError,
+    )
+    checks.require(
+        not checks.is_compiling(),
+        "parallel= communicates between launches, which torch.compile does not trace: call it from "
+        "a function under torch.compiler.disable",
+    )
+    return parallel
+
+
+def _group(name: str, given: Any) -> Any:
+    """The process group of what is given as an axis."""
+    if given is None:
+        return None
+    checks.require(
+        given is not dist.GroupMember.NON_GROUP_MEMBER,
+        lambda: f"the group given as {name} does not include this rank",
+    )
+    is_mesh = hasattr(given, "get_group")
+    checks.require(
+        is_mesh or isinstance(given, dist.ProcessGroup),
+        lambda: (
+            f"{name} must be a process group, a one-dimensional DeviceMesh or None, got "
+            f"{checks.given(given)}"
+        ),
+        error=TypeError,
+    )
+    if not is_mesh:
+        return given
+    checks.require(
+        given.ndim == 1,
+        lambda: (
+            f'{name} must be one dimension of a mesh, such as mesh["tp"], got a mesh of '
+            f"{given.ndim}"
+        ),
+    )
+    return given.get_group()
+
+
+ALONE = Parallel()
