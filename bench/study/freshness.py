@@ -6,7 +6,7 @@ Every arm trains on the same prompts in the same order and draws the same number
 it draws those of its next n steps at once, so that only their age differs. Every run is a line,
 written as it ends: after an interruption the same command goes on with the runs that are missing,
 those that the main contrasts need first. A process uses one thread and 1.5 GB. Rules are in
-freshness.json; ``python -m bench.study.rarely`` writes the report.
+freshness.json; ``python -m bench.study.freshness_report`` writes the report.
 """
 
 import argparse
@@ -17,7 +17,6 @@ import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import count
 from typing import Any
 
 import torch
@@ -26,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import humanline as hl
 from bench.environment import device_name
-from bench.study import blocks, task
+from bench.study import blocks
 from bench.study.run import HERE, RESULTS, WORLDS, added, read_config, read_results, recipe, workers
 from humanline.reference import ReferenceCopy
 from humanline.training import arithmetic, data
@@ -159,7 +158,7 @@ def asked(seed: int, config: dict[str, Any]) -> tuple[list[list[str]], list[list
 def answers(tokenizer, asked: list[list[str]]) -> Tensor:
     """Tokens ``[P, C]`` of the largest numbers, ended."""
     ids = [tokenizer(max(q, key=int), add_special_tokens=False).input_ids for q in asked]
-    return torch.tensor([row + [tokenizer.eos_token_id] for row in ids])
+    return torch.tensor([[*row, tokenizer.eos_token_id] for row in ids])
 
 
 def build_world(folder: str, config: dict[str, Any], seed: int) -> World:
@@ -398,3 +397,104 @@ def execute(run: Run) -> dict[str, Any]:
     head = {"arm": str(arm), "seed": seed, "lr": lr, "bound": bound}
     where = {"device": device_name("cpu"), "torch": torch.__version__.split("+")[0]}
     return head | {"recipe": recipe(config)} | where | result
+
+
+# Which runs there are: each needs what earlier ones found
+
+
+class Done(dict[tuple, dict[str, Any]]):
+    """Results by run: (arm's name, seed, rate, bound)."""
+
+    def __init__(self, lines: list[dict[str, Any]], config: dict[str, Any]):
+        super().__init__({key(line): line for line in lines})
+        self.config, self.tuning = config, config["tuning"]
+
+    def bound(self, arm: Arm, lr: float) -> float | None:
+        """By the rule; None also where the twin has not run."""
+        if arm.method != HUMANLINE:
+            return None
+        twins = [self.get((str(arm.twin), seed, lr, None)) for seed in self.tuning["seeds"]]
+        return None if None in twins else round(statistics.mean(t["drift"] for t in twins), 5)
+
+    def tuning_score(self, arm: Arm, lr: float) -> float | None:
+        runs = [
+            self.get((str(arm), seed, lr, self.bound(arm, lr))) for seed in self.tuning["seeds"]
+        ]
+        return None if None in runs else statistics.mean(r["pass@1"][-1] for r in runs)
+
+    def tried(self, arm: Arm) -> tuple[dict[float, float | None], bool]:
+        """Each rate's score, in their order, and whether that settles the arm's rate: the list is
+        lengthened at the end where the best rate lies, up to twice."""
+        lrs = sorted(self.tuning["lrs"])
+        for _ in range(self.tuning["lengthened"] + 1):
+            scores = {lr: self.tuning_score(arm, lr) for lr in lrs}
+            if None in scores.values():
+                return scores, False
+            best = max(scores, key=scores.get)
+            if best not in (lrs[0], lrs[-1]):
+                return scores, True
+            settled = scores
+            lrs = [*lrs, 2 * best] if best == lrs[-1] else [best / 2, *lrs]
+        return settled, True
+
+    def rate(self, arm: Arm) -> float | None:
+        """The chosen one; longer intervals between syncs take that of the first."""
+        first = self.config["sync_every"][0] if arm.sync_every else 0
+        scores, settled = self.tried(Arm(arm.objective, arm.every, arm.method, first))
+        return max(scores, key=scores.get) if settled else None
+
+
+def key(result: dict[str, Any]) -> tuple:
+    return result["arm"], result["seed"], result["lr"], result["bound"]
+
+
+def wanted(done: Done, objective: str) -> list[Run]:
+    """The runs that can be named by now, those that are done too, in the order to run them."""
+    config, runs = done.config, []
+
+    def add(arm: Arm, seeds: list[int], lr: float) -> None:
+        bound = done.bound(arm, lr)
+        if arm.method == HUMANLINE and bound is None:
+            arm, seeds = arm.twin, done.tuning["seeds"]
+        runs.extend((arm, seed, lr, bound) for seed in seeds)
+
+    arms = grid(config, objective)
+    for arm in arms:
+        if arm.sync_every in (0, config["sync_every"][0]):
+            for lr in done.tried(arm)[0]:
+                add(arm, done.tuning["seeds"], lr)
+    first = [arm for arm in arms if arm.sync_every in (0, config["sync_every"][0])]
+    for some in (first, [arm for arm in arms if arm not in first]):
+        for seed in config["seeds"]:
+            for arm in some:
+                if (lr := done.rate(arm)) is not None:
+                    add(arm, [seed], lr)
+    return list(dict.fromkeys(runs))
+
+
+def run_all(config: dict[str, Any], objectives: list[str], jobs: int) -> None:
+    """All runs that the file does not hold, added to it."""
+    for objective in objectives:
+        with workers(jobs) as pool:
+            while True:
+                done = Done(read_results(LINES, config), config)
+                runs = wanted(done, objective)
+                missing = [run for run in runs if (str(run[0]), *run[1:]) not in done]
+                if not missing:
+                    break
+                for _ in added(pool, execute, missing, LINES, list(done.values())):
+                    pass
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--jobs", type=int, default=1, help="processes, of one thread each")
+    parser.add_argument("--objective", help="only this one")
+    args = parser.parse_args()
+    config = read_config(CONFIG)
+    objectives = [args.objective] if args.objective else list(config["objectives"])
+    run_all(config, objectives, args.jobs)
+
+
+if __name__ == "__main__":
+    main()
