@@ -10,6 +10,7 @@ freshness.json; ``python -m bench.study.freshness_report`` writes the report.
 """
 
 import argparse
+import copy
 import functools
 import math
 import random
@@ -114,9 +115,7 @@ def parts(folder: str, config: dict[str, Any]) -> tuple[blocks.Frozen, blocks.Po
     ids = encode(tokenizer, [["10", "11", "12"], ["97", "98", "99"]])
     differs = (ids[0] != ids[1]).nonzero()[0].item()
     frozen, policy = blocks.split(whole, config["task"]["blocks"], ids[0, :differs])
-    own = blocks.Policy(policy.body, policy.beginning.detach(), policy.weight.detach())
-    own.load_state_dict(policy.state_dict())
-    return frozen, own
+    return frozen, copy.deepcopy(policy)  # the model serves the next run too
 
 
 def encode(tokenizer, questions: list[list[str]]) -> Tensor:
