@@ -15,7 +15,10 @@ from bench.study import arms, task
 from bench.study.run import HERE, RESULTS, final_runs, key, read_config, read_results
 
 #: 97.5 % quantiles of Student's t for 2, 3, … degrees of freedom (any textbook's table).
-T975 = "4.303 3.182 2.776 2.571 2.447 2.365 2.306 2.262 2.228 2.201 2.179 2.160 2.145 2.131 2.120"
+T975 = (
+    "4.303 3.182 2.776 2.571 2.447 2.365 2.306 2.262 2.228 2.201 2.179 2.160 2.145 2.131 2.120 "
+    "2.110 2.101 2.093 2.086"
+)
 
 # Okabe and Ito's colours, told apart by every eye; the dashes tell them apart in grey.
 STYLES = {

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -201,10 +201,11 @@ def train(
     lr: float,
     bound: float | None = None,
     reference_class: type[Reference] = ReferenceCopy,
+    measure: Callable[[task.Adder, Tensor], tuple[float, float]] = task.accuracy,
 ) -> dict[str, Any]:
     """Train the world's base model as the arm says; what came of it, as a JSON object.
 
-    A run whose loss is not finite ends there and counts as right on no prompt.
+    ``measure`` is called with the policy and the held-out prompts at every evaluation. A run whose loss is not finite ends there and counts as right on no prompt.
     """
     recipe = config["training"]
     torch.manual_seed(seed)  # BetaRejection's draws
@@ -224,7 +225,7 @@ def train(
 
     for step in range(recipe["steps"]):
         if step % recipe["evaluate_every"] == 0:
-            curve.append(task.accuracy(policy, world.held_out))
+            curve.append(measure(policy, world.held_out))
         start, sampling = time.process_time(), cost["sampling_seconds"]
         [batch], [scores] = next(scored)
         loss, d, kept = loss_of(objective, policy, batch, scores)
@@ -243,7 +244,7 @@ def train(
         if d is not None:
             ratios.add(step, d, kept)
     else:
-        curve.append(task.accuracy(policy, world.held_out))
+        curve.append(measure(policy, world.held_out))
     evaluations = recipe["steps"] // recipe["evaluate_every"] + 1
     curve += [(0.0, 0.0)] * (evaluations - len(curve))  # a run that broke off
     return {
