@@ -205,7 +205,8 @@ def train(
 ) -> dict[str, Any]:
     """Train the world's base model as the arm says; what came of it, as a JSON object.
 
-    ``measure`` is called with the policy and the held-out prompts at every evaluation. A run whose loss is not finite ends there and counts as right on no prompt.
+    ``measure`` is called with the policy and the held-out prompts at every evaluation. A run whose
+    loss is not finite ends there and counts as right on no prompt.
     """
     recipe = config["training"]
     torch.manual_seed(seed)  # BetaRejection's draws

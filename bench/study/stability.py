@@ -102,7 +102,7 @@ class Results:
         self.study, self.of = study, {name: [] for name in study["arms"]}
         for seed in study["seeds"]:
             for name, (arm, *rest) in runs(study, config, seed).items():
-                self.of[name].append(found[str(arm), *rest])
+                self.of[name].append(found[(str(arm), *rest)])
         seen = {line["seed"]: line for line in falls}
         self.falls = [seen[seed] for seed in study["seeds"]]
 

@@ -1,0 +1,221 @@
+"""The study on sampling rarely, with a tiny model: its parts, its arms, its rules, its report."""
+
+import copy
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from bench.study import blocks, freshness, freshness_report
+from bench.study.run import read_config, read_results, recipe
+
+END, BEGINNING = 2, 3
+
+
+@pytest.fixture(scope="module")
+def config():
+    """The committed rules with little to do."""
+    found = read_config(freshness.CONFIG)
+    found["task"] |= {"blocks": 2, "tokens": 3, "at_once": 3, "samples": 6}
+    found["training"] |= {"steps": 4, "prompts": 8, "evaluate_every": 2, "warmup": 1}
+    return found | {"sample_every": [1, 2, 0], "sync_every": [1, 2]}
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    options = LlamaConfig(
+        vocab_size=4,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=False,
+    )
+    return LlamaForCausalLM(options).eval()
+
+
+@pytest.fixture(scope="module")
+def prompts(config):
+    count = config["training"]["steps"] * config["training"]["prompts"]
+    tokens = torch.randint(4, (count, 5), generator=torch.Generator().manual_seed(0))
+    return torch.cat([torch.tensor([[3, 0, 1]]).expand(count, BEGINNING), tokens], 1)
+
+
+@pytest.fixture
+def taken_apart(model, config, prompts):
+    return blocks.split(copy.deepcopy(model), config["task"]["blocks"], prompts[0, :BEGINNING])
+
+
+@pytest.fixture
+def world(taken_apart, config, prompts):
+    """The right answer is a token and the end: an untrained model finds it often enough."""
+    frozen, policy = taken_apart
+    after, draws = prompts[:, BEGINNING:], torch.Generator().manual_seed(1)
+    pool = freshness.draw(frozen, policy, after, config, END, draws)
+    answers = torch.tensor([[3, END]]).expand(len(after), 2)
+    measured = blocks.known(frozen, after[:6], answers[:6])
+    return freshness.World(after, answers, pool, measured, draws.get_state())
+
+
+def test_the_parts_are_the_model(model, taken_apart, prompts):
+    """Frozen part, common beginning and prompts read apart give the whole model's log-probs."""
+    frozen, policy = taken_apart
+    texts = blocks.sample(
+        frozen, policy, prompts[:5, BEGINNING:], 3, 4, END, torch.Generator().manual_seed(2)
+    )
+    ids = torch.cat([prompts[:5].repeat_interleave(3, 0), texts.ids.flatten(0, 1)], 1)
+    with torch.no_grad():
+        scores = model(ids).logits[:, prompts.shape[1] - 1 : -1].log_softmax(-1)
+    expected = scores.gather(2, texts.ids.flatten(0, 1)[:, :, None])[:, :, 0]
+    mask = texts.mask.flatten(0, 1)
+    torch.testing.assert_close(policy.logps(texts)[mask], expected[mask], atol=1e-5, rtol=0)
+    torch.testing.assert_close(texts.logps.flatten(0, 1)[mask], expected[mask], atol=1e-5, rtol=0)
+    ended = texts.ids == END
+    assert ended.any() and not ended.all(2).any()
+    assert (texts.mask.sum(2) == torch.where(ended.any(2), ended.int().argmax(2) + 1, 4)).all()
+
+
+def test_a_right_answer_is_the_number_and_nothing_else(world):
+    texts, answers = world.pool, world.answers
+    for p, g in ((p, g) for p in range(len(answers)) for g in range(texts.ids.shape[1])):
+        written = texts.ids[p, g][texts.mask[p, g]].tolist()
+        assert freshness.right(texts, answers)[p, g] == (written == answers[p].tolist())
+    assert 0 < freshness.right(texts, answers).mean() < 1
+
+
+def run(arm, world, taken_apart, config, lr=1e-3):
+    bound = 0.01 if arm.method == freshness.HUMANLINE else None
+    frozen, policy = copy.deepcopy(taken_apart)
+    return freshness.train(arm, world, frozen, policy, config, 0, lr, bound, END)
+
+
+def test_every_arm_runs_and_the_same_again(world, taken_apart, config):
+    for objective in config["objectives"]:
+        for arm in freshness.grid(config, objective):
+            one, again = (run(arm, world, taken_apart, config) for _ in range(2))
+            assert one["pass@1"] == again["pass@1"] and len(one["pass@1"]) == 3
+            assert one["pass@1"][0] < one["pass@1"][-1]
+            assert (one["tokens_sampled"] > 0) == (arm.every != 0)
+            assert ("drift" in one) == (arm.method != freshness.PLAIN or objective == "DPO")
+
+
+def test_only_the_age_of_completions_differs(world, taken_apart, config):
+    """At a rate of nearly 0 the policy stays as it is: all intervals see the same prompts, and as
+    many completions, and those of the first steps are the pool's."""
+    seen = {}
+    for every in config["sample_every"]:
+        arm = freshness.Arm("GRPO", every, freshness.PLAIN, 0)
+        cost = {"sampling_seconds": 0.0, "tokens_sampled": 0}
+        frozen, policy = taken_apart
+        steps = list(freshness.steps(arm, world, frozen, policy, config, END, cost))
+        assert len(steps) == config["training"]["steps"]
+        assert torch.equal(torch.cat([texts.prompts for texts, _ in steps]), world.pool.prompts)
+        seen[every] = steps
+        fresh = (every or len(steps)) * config["training"]["prompts"]
+        drawn = torch.cat([texts.ids for texts, _ in steps])
+        assert torch.equal(drawn[:fresh], world.pool.ids[:fresh])
+        assert every == 0 or not torch.equal(drawn[fresh:], world.pool.ids[fresh:])
+
+
+def test_pairs_are_a_right_and_a_wrong_completion_of_one_prompt(world):
+    arm = freshness.Arm("DPO", 0, freshness.PLAIN, 0)
+    rewards = freshness.right(world.pool, world.answers)
+    batch = freshness.make_batch(arm, world.pool, rewards, torch.Generator().manual_seed(0))
+    of = rewards[(rewards.any(1) & ~rewards.all(1))].flatten()[batch.rows]
+    chosen, rejected = batch.rows.chunk(2)
+    assert of.tolist() == [1.0] * len(chosen) + [0.0] * len(rejected)
+    each = rewards.shape[1]
+    assert torch.equal(chosen // each, rejected // each)
+    nothing = torch.ones_like(rewards)
+    assert freshness.make_batch(arm, world.pool, nothing, torch.Generator()) is None
+
+
+def test_a_run_that_diverges_counts_as_right_on_no_question(world, taken_apart, config):
+    frozen, policy = taken_apart
+    with torch.no_grad():
+        policy.weight.fill_(float("nan"))
+    arm = freshness.Arm("GRPO", 0, freshness.PLAIN, 0)
+    broken = freshness.train(arm, world, frozen, policy, config, 0, 1e-3, None, END)
+    assert broken["pass@1"][-1] == 0
+
+
+# Rules
+
+
+def line(run, config, score):
+    arm, seed, lr, bound = run
+    found = {"arm": str(arm), "seed": seed, "lr": lr, "bound": bound, "recipe": recipe(config)}
+    found |= {"pass@1": [0.2, score], "greedy": [0.2, score], "drift": 1000 * lr, "unclamped": 0.9}
+    found |= {"device": "a CPU", "torch": "2.13.0", "tokens_sampled": 7, "sampling_seconds": 7.0}
+    return found | {"training_seconds": 1.0, "trained_on": 16}
+
+
+def finished(config, objective, score):
+    """All lines, as the loop would find them."""
+    lines, rounds = [], 0
+    while True:
+        done = freshness.Done(lines, config)
+        missing = [r for r in freshness.wanted(done, objective) if (str(r[0]), *r[1:]) not in done]
+        if not missing:
+            return done, rounds
+        lines += [line(run, config, score(*run)) for run in missing]
+        rounds += 1
+        assert rounds < 20
+
+
+@pytest.fixture
+def rules():
+    return read_config(freshness.CONFIG)
+
+
+def best_at(lr):
+    return lambda arm, seed, tried, bound: 0.5 - abs(tried - lr)
+
+
+def test_the_list_of_rates_is_lengthened_where_the_best_lies(rules):
+    lrs = rules["tuning"]["lrs"]
+    arm = freshness.grid(rules, "GRPO")[0]
+    inner, _ = finished(rules, "GRPO", best_at(lrs[1]))
+    assert list(inner.tried(arm)[0]) == lrs and inner.rate(arm) == lrs[1]
+    above, _ = finished(rules, "GRPO", best_at(2 * lrs[-1]))
+    assert list(above.tried(arm)[0]) == [*lrs, 2 * lrs[-1], 4 * lrs[-1]]
+    assert above.rate(arm) == 2 * lrs[-1]
+    far, _ = finished(rules, "GRPO", best_at(100 * lrs[-1]))
+    assert far.rate(arm) == 4 * lrs[-1]  # lengthened twice, and no further
+
+
+def test_bounds_are_the_twins_drift_and_all_runs_get_done(rules):
+    done, _ = finished(rules, "GRPO", best_at(rules["tuning"]["lrs"][1]))
+    runs = freshness_report.Runs(done)
+    arms = freshness.grid(rules, "GRPO")
+    assert len(arms) == 22
+    for arm in arms:
+        assert set(runs.of[arm]) == set(rules["seeds"])
+        for found in runs.of[arm].values():
+            humanline = arm.method == freshness.HUMANLINE
+            assert found["bound"] == (round(1000 * found["lr"], 5) if humanline else None)
+
+
+def test_the_report_says_what_is_missing(rules):
+    done, _ = finished(rules, "GRPO", best_at(rules["tuning"]["lrs"][1]))
+    text = freshness_report.report(freshness_report.Runs(done))
+    assert "**Unfinished: 110 of 220 final runs are done." in text
+    assert text.count("Not run yet.") == 1  # DPO
+    difference = "| every 64, humanline k=1 − every 1, plain | 5 | +0.000 ± 0.000 | **shown** |"
+    assert difference in text
+    some = {name: found for name, found in done.items() if name[1] != rules["seeds"][-1]}
+    partly = freshness_report.report(
+        freshness_report.Runs(freshness.Done(list(some.values()), rules))
+    )
+    assert "| 4 | +0.000 ± 0.000 | seeds are missing |" in partly
+    assert "**shown**" not in partly
+
+
+def test_the_committed_report_is_that_of_the_committed_runs(rules):
+    runs = freshness_report.Runs(freshness.Done(read_results(freshness.LINES, rules), rules))
+    written = (freshness_report.HERE / freshness_report.REPORT).read_text(encoding="utf-8")
+    assert freshness_report.report(runs) == written, "run: python -m bench.study.freshness_report"
+    figure = freshness_report.HERE / freshness_report.FIGURE
+    assert not runs.counted[0] or freshness_report.digest(runs).encode() in figure.read_bytes()
