@@ -73,6 +73,15 @@ def _add_train(commands) -> None:
     train.add_argument("--output-dir", help="where to write; left out: runs/OBJECTIVE-PERCEPTION")
     train.add_argument("--resume", action="store_true", help="go on with the run in --output-dir")
     train.add_argument("--overwrite", action="store_true", help="replace the run in --output-dir")
+    train.add_argument(
+        "--calibrate",
+        nargs="?",
+        type=int,
+        const=48,
+        metavar="N",
+        help="train N steps (48 if left out) without clipping, write nothing, and print the bounds "
+        "of the clip that a tenth of the log-ratios exceed",
+    )
     for field in fields(TrainConfig):
         _add_option(train, field)
 
@@ -102,6 +111,16 @@ def _train(options: dict[str, Any], argv: list[str]) -> int:
 
     output_dir = options.pop("output_dir")
     resume, overwrite = options.pop("resume"), options.pop("overwrite")
+    steps = options.pop("calibrate")
+    if steps is not None:
+        given = {"--output-dir": output_dir, "--resume": resume, "--overwrite": overwrite}
+        idle = [name for name, value in given.items() if value not in (None, False)]
+        if idle:
+            raise UserError(f"--calibrate writes nothing: {', '.join(idle)} has no effect")
+        from humanline.training.calibrate import calibrate
+
+        calibrate(options, steps)
+        return 0
     if output_dir == "":
         raise UserError("--output-dir must name a folder, got ''")
     if resume and overwrite:

@@ -76,7 +76,7 @@ def train(
                 effects.require(config, options)
             _check_output(folder, config, resume, overwrite)
             _warn(config)
-            return config, folder, pick_device(config, ranks), _read_data(config)
+            return config, folder, pick_device(config, ranks), read_data(config)
 
         try:
             prepared = ranks.together("reading options and data", prepare)
@@ -101,7 +101,7 @@ def _train(
     def load():
         folder = model_folder(config)
         tokenizer = load_tokenizer(folder)
-        groups, measure = _prepare(dataset, questions, tokenizer, config, ranks)
+        groups, measure = prepare_data(dataset, questions, tokenizer, config, ranks)
         torch.manual_seed(config.seed)
         policy = load_model(folder, config, torch.device("cpu") if config.fsdp else device)
         check_fits(policy, tokenizer, config)
@@ -298,7 +298,7 @@ def pick_device(config: TrainConfig, ranks: Ranks) -> torch.device:
     return device
 
 
-def _read_data(config: TrainConfig):
+def read_data(config: TrainConfig):
     """Training data, held-out questions (or None), and the hashes of their files."""
     path = Path(config.data) if config.data else data.DEFAULT_TRAIN
     heldout = Path(config.heldout) if config.heldout else None
@@ -315,7 +315,7 @@ def _read_data(config: TrainConfig):
     return dataset, questions, {n: data.fingerprint(p) for n, p in files.items() if p is not None}
 
 
-def _prepare(dataset, questions, tokenizer, config, ranks=ALONE):
+def prepare_data(dataset, questions, tokenizer, config, ranks=ALONE):
     """Units to train on, and how to measure (None: not at all)."""
     pad = tokenizer.tokenizer.pad_token_id
     rows = len(dataset.examples) + len(dataset.skipped)

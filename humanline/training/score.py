@@ -158,6 +158,18 @@ def _with_reference_point(
 
 
 @torch.no_grad()
+def log_ratios(
+    model: nn.Module, batch: Batch, scores: dict[str, Tensor], bf16: bool = False
+) -> Tensor:
+    """Log-ratios ``[T]`` of the completion tokens to what the reference scored, in nats."""
+    with autocast(batch, bf16):
+        policy = parts(model)
+        rows = policy.rows(policy.read_prompts(batch), batch.completions)
+        d = _logps(policy, rows) - scores["ref_logps"]
+    return d[rows["labels"] != IGNORE_INDEX]
+
+
+@torch.no_grad()
 def sequence_logps(model: nn.Module, batch: Batch, bf16: bool = False) -> Tensor:
     """Log-probs of whole completions, float64 ``[S]``."""
     with autocast(batch, bf16):

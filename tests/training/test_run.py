@@ -569,7 +569,7 @@ def test_without_a_pair_to_hold_out_all_data_are_trained_on(model_folder, tmp_pa
     ]
     config = TrainConfig(objective="kto", heldout_fraction=0.3)
     dataset = data.read_examples(write_jsonl(tmp_path / "d.jsonl", rows))
-    groups, measure = run._prepare(dataset, None, load_tokenizer(model_folder), config)
+    groups, measure = run.prepare_data(dataset, None, load_tokenizer(model_folder), config)
     assert measure is None and sum(map(len, groups)) == 10
 
 
