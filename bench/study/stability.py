@@ -193,7 +193,7 @@ def report(results: Results) -> str:
             arm_rows(results),
         ),
         "## Cures",
-        f"Against humanline k=1. {study['rules']['cure'].capitalize()}.",
+        f"Against humanline k=1; {study['rules']['cure']}.",
         markdown(
             ["", "fallen, of k=1's", "p", "Pass@1, difference", "cure at no cost"],
             cure_rows(results),
