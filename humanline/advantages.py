@@ -10,8 +10,9 @@ from humanline.checks import (
     require_same_device,
     require_tensors,
 )
-from humanline.distributed import gather_over_ranks
+from humanline.distributed import everyone
 from humanline.dtypes import at_least_float32
+from humanline.parallel import Parallel, check_parallel
 from humanline.rows import Layout
 
 
@@ -22,11 +23,12 @@ def group_advantages(
     *,
     correction: int = 1,
     epsilon: float = 1e-4,
+    parallel: Parallel | None = None,
 ) -> Tensor:
     """GRPO's advantages (arXiv 2402.03300): ``(r − mean of the group) / (std + epsilon)``.
 
-    A group is all completions of a prompt, in any order and on any rank: with a process group,
-    rewards are gathered over ranks (all must call it, with as many completions as they have).
+    A group is all completions of a prompt, in any order and on any rank that has others: rewards
+    are gathered over ranks, which must all call it, with as many completions as they have.
     Computed in float64; where all rewards are equal, or there is but one, exactly 0.
 
     Args:
@@ -38,6 +40,8 @@ def group_advantages(
         correction: as in ``torch.std``: 1 for the sample standard deviation, which TRL takes, 0 for
             the population's.
         epsilon: keeps the advantages of almost equal rewards bounded.
+        parallel: its ``data`` says which ranks have other completions; without it all ranks of the
+            default process group have, if there is one.
 
     Returns:
         Advantages ``[S]``, float32, or float64 for float64 rewards.
@@ -73,10 +77,17 @@ def group_advantages(
         lambda: f"rewards must be finite, got {rewards[~rewards.isfinite()][0].item()}",
         on=rewards,
     )
-    everyones, own = gather_over_ranks(rewards.detach().double())
-    groups, _ = gather_over_ranks(prompt_ids.long())
+    axis = everyone() if parallel is None else check_parallel(parallel).axis("data")
+    r, groups, own = rewards.detach().double(), prompt_ids.long(), slice(None)
+    if axis is not None:
+        sizes = [n for (n,) in axis.exchange(len(r), device=r.device)]
+        r, groups, own = (
+            axis.gather_rows(r, sizes),
+            axis.gather_rows(groups, sizes),
+            axis.own(sizes),
+        )
     dtype = at_least_float32(rewards).dtype
-    return advantages_of_groups(everyones, groups, scale, correction, epsilon)[own].to(dtype)
+    return advantages_of_groups(r, groups, scale, correction, epsilon)[own].to(dtype)
 
 
 def advantages_of_groups(

@@ -1,8 +1,9 @@
-"""What several processes ask for: reductions that an objective's definition needs."""
+"""What a definition asks of several processes where nobody says who shares what: all ranks do."""
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from humanline.parallel import Axis
 
 
 def world_size() -> int:
@@ -19,20 +20,6 @@ def mean_over_ranks(x: Tensor) -> Tensor:
     return x / world_size()
 
 
-def gather_over_ranks(x: Tensor) -> tuple[Tensor, slice]:
-    """Detached ``[n]`` of all ranks, one after the other, and where this rank's own are in it.
-
-    ``n`` may differ from rank to rank.
-    """
-    if world_size() == 1:
-        return x, slice(0, len(x))
-    lengths = [x.new_empty((), dtype=torch.int64) for _ in range(world_size())]
-    dist.all_gather(lengths, torch.tensor(len(x), device=x.device))
-    lengths = torch.stack(lengths).tolist()
-    padded = x.new_zeros(max(lengths))
-    padded[: len(x)] = x
-    gathered = [torch.empty_like(padded) for _ in lengths]
-    dist.all_gather(gathered, padded)
-    start = sum(lengths[: dist.get_rank()])
-    own = slice(start, start + len(x))
-    return torch.cat([g[:n] for g, n in zip(gathered, lengths, strict=True)]), own
+def everyone() -> Axis | None:
+    """All ranks of the default process group; None without another one."""
+    return Axis("data", dist.group.WORLD) if world_size() > 1 else None

@@ -14,6 +14,7 @@ from humanline.checks import (
     require_tensors,
     require_tensors_or_none,
 )
+from humanline.parallel import Parallel, check_parallel
 from humanline.rows import IGNORE_INDEX, Layout
 
 
@@ -35,10 +36,7 @@ def mismatched_indices(prompts: Sequence[Any], completions: Sequence[Any]) -> li
     Raises:
         ValueError: not as many completions as prompts.
     """
-    require(
-        len(prompts) == len(completions),
-        lambda: f"got {len(prompts)} prompts, but {len(completions)} completions",
-    )
+    _require_as_many(prompts, completions)
     prompts, completions = [*map(_value, prompts)], [*map(_value, completions)]
     own: dict[Hashable, set[Hashable]] = {}
     for prompt, completion in zip(prompts, completions, strict=True):
@@ -58,7 +56,9 @@ def mismatched_indices(prompts: Sequence[Any], completions: Sequence[Any]) -> li
     return found
 
 
-def mismatched_pairs(prompts: Sequence[Any], completions: Sequence[Any]) -> list[tuple[Any, Any]]:
+def mismatched_pairs(
+    prompts: Sequence[Any], completions: Sequence[Any], *, parallel: Parallel | None = None
+) -> list[tuple[Any, Any]]:
     """Each prompt with a completion that is none of its own.
 
     A prompt's own completions are those of all rows that hold it. All prompts take the completion
@@ -69,11 +69,37 @@ def mismatched_pairs(prompts: Sequence[Any], completions: Sequence[Any]) -> list
     Args:
         prompts, completions: those of a batch, in the same order: texts, chats, or token ids as
             lists or tensors. They are compared by value.
+        parallel: its ``data`` says which ranks have the rest of the batch: a completion may come
+            from any of them, and a rank may be left with no pair. All must call it; values are
+            pickled.
 
     Raises:
         ValueError: fewer than two, not as many completions as prompts, or no mismatched pair.
     """
-    return [(prompts[i], completions[j]) for i, j in _found(prompts, completions)]
+    prompts, completions, own = _of_all_ranks(prompts, completions, parallel)
+    found = _found(prompts, completions)
+    return [(prompts[i], completions[j]) for i, j in found if i in own]
+
+
+def _of_all_ranks(
+    prompts: Sequence[Any], completions: Sequence[Any], parallel: Parallel | None
+) -> tuple[Sequence[Any], Sequence[Any], range]:
+    """Those of the batch, and which of them are this rank's."""
+    axis = check_parallel(parallel).axis("data")
+    if axis is None:
+        return prompts, completions, range(len(prompts))
+    _require_as_many(prompts, completions)
+    everyones = axis.gather_objects(list(zip(prompts, completions, strict=True)))
+    own = axis.own([len(pairs) for pairs in everyones])
+    pairs = [pair for pairs in everyones for pair in pairs]
+    return [p for p, _ in pairs], [c for _, c in pairs], range(own.start, own.stop)
+
+
+def _require_as_many(prompts: Sequence[Any], completions: Sequence[Any]) -> None:
+    require(
+        len(prompts) == len(completions),
+        lambda: f"got {len(prompts)} prompts, but {len(completions)} completions",
+    )
 
 
 def _found(prompts: Sequence[Any], completions: Sequence[Any]) -> list[tuple[int, int]]:
@@ -115,6 +141,7 @@ def mismatched_rows(
     *,
     cu_seqlens: Tensor | None = None,
     pad_token_id: int = 0,
+    parallel: Parallel | None = None,
 ) -> dict[str, Tensor]:
     """The same for tokenised sequences, padded or packed, in the layout they came in.
 
@@ -127,6 +154,7 @@ def mismatched_rows(
         attention_mask: where there is a token; ``[B, T]``, for padded sequences.
         cu_seqlens: offsets ``[S+1]`` of packed sequences.
         pad_token_id: what to pad with, on the right.
+        parallel: as in :func:`~humanline.mismatched_pairs`.
 
     Returns:
         ``input_ids``, ``labels``, and ``attention_mask`` or ``cu_seqlens``, of as many sequences,
@@ -154,9 +182,13 @@ def mismatched_rows(
     require_mask("attention_mask", mask)
     layout = Layout.of(mask, cu_seqlens)
     tokens = torch.stack([input_ids.reshape(-1), labels.reshape(-1)], 1)[layout.mask]
-    prompts, completions = zip(*map(_split, tokens.split(layout.lengths.tolist())), strict=True)
+    split = [_split(row) for row in tokens.cpu().split(layout.lengths.tolist())]
+    prompts, completions, own = _of_all_ranks(
+        *([pair[i] for pair in split] for i in range(2)), parallel
+    )
     found = _found(*([part[:, 0] for part in parts] for parts in (prompts, completions)))
-    rows = [torch.cat([prompts[i], completions[j]]) for i, j in found]
+    rows = [torch.cat([prompts[i], completions[j]]).to(tokens.device) for i, j in found if i in own]
+    require(len(rows) > 0, "no prompt of this rank has a mismatched completion: give KTO its z0")
     lengths = torch.tensor([len(row) for row in rows], device=input_ids.device)
     if cu_seqlens is not None:
         ids, labels = torch.cat(rows).unbind(1)

@@ -11,17 +11,19 @@ every rank has the same bits and decides alike. Hidden states' gradients alone a
 backend's all-reduce.
 """
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import combinations
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from humanline import checks
+from humanline import autograd, checks
 
 _SECONDS = 2.0  # that ranks which gave up have to say so
 # The same under its names before and after torch 2.13.
@@ -59,6 +61,17 @@ class Axis:
         padded[: len(x)] = x
         everyones = self.gather(padded)
         return torch.cat([rows[:n] for rows, n in zip(everyones, sizes, strict=True)])
+
+    def gather_objects(self, x: Any) -> list[Any]:
+        """What each rank gives, pickled."""
+        everyones = [None] * self.size
+        self._run(dist.all_gather_object, everyones, x)
+        return everyones
+
+    def own(self, sizes: list[int]) -> slice:
+        """Where this rank's values are among those of all, which have so many each."""
+        start = sum(sizes[: self.rank])
+        return slice(start, start + sizes[self.rank])
 
     def sum_(self, x: Tensor) -> Tensor:
         """The sum over ranks, in place; contiguous."""
@@ -112,21 +125,71 @@ class Parallel:
             these. Labels count from the start of the whole vocabulary. Losses, statistics and
             log-probs are the same on all ranks to the last bit. The gradient of hidden states is
             summed over ranks, that of a slice is whole where it is.
+        sequence: ranks with the same sequences in one order, and some rows of each one, in their
+            order; any number of them, none included. What there is one of a sequence is given on
+            every rank.
+        data: ranks with sequences of their own, any number of them; of pairs, both.
+        grad: "sum": each rank's gradients are those that its rows give, and sum over the ranks of
+            ``sequence`` and ``data`` to the gradient of the loss. "mean": multiplied by the number
+            of these ranks, for an engine that averages over them, as DDP and FSDP do.
+
+    Over ``sequence`` and ``data`` a loss is that of all rows of all ranks, and so are its
+    statistics: normalisers, KTO's reference point and whatever an objective sorts or counts. The
+    batch's numbers, such as ``num_items_in_batch``, are those of all ranks. Every rank holds some
+    floats a row of all of them.
 
     Raises:
         TypeError: what is given as an axis is none.
-        ValueError: a mesh of several dimensions; a group without this rank.
+        ValueError: a mesh of several dimensions; a group without this rank; two axes that have more
+            in common than this rank; a ``grad`` that is neither.
     """
 
     vocab: Any = None
+    sequence: Any = None
+    data: Any = None
+    grad: str = "sum"
 
     def __post_init__(self):
-        self._axes  # noqa: B018 (looks at what is given)
+        checks.require(
+            self.grad in ("sum", "mean"),
+            lambda: f'grad must be "sum" or "mean", got {self.grad!r}',
+        )
+        for one, other in combinations(self._axes.values(), 2):
+            both = set(one.ranks) & set(other.ranks)
+            checks.require(
+                len(both) == 1,
+                lambda one=one, other=other: (
+                    f"two axes have this rank alone in common, got the {one} and the {other}"
+                ),
+            )
 
     @cached_property
     def _axes(self) -> dict[str, Axis]:
-        groups = {name: _group(name, getattr(self, name)) for name in ("vocab",)}
+        names = "vocab", "sequence", "data"
+        groups = {name: _group(name, getattr(self, name)) for name in names}
         return {name: Axis(name, group) for name, group in groups.items() if group is not None}
+
+    @property
+    def rows(self) -> list[Axis]:
+        """The axes of several ranks over which rows are shared."""
+        axes = map(self.axis, ("sequence", "data"))
+        return [axis for axis in axes if axis is not None and axis.size > 1]
+
+    def mean(self, x: Tensor) -> Tensor:
+        """The mean of values ``[S]``, one a sequence or what this rank's rows add to it."""
+        total, number = x.sum(), torch.full_like(x.sum(), len(x))
+        for axis in self.rows:
+            totals, numbers = axis.gather(torch.stack([total, number])).unbind(1)
+            total = totals.sum(0)
+            number = numbers[0] if axis.name == "sequence" else numbers.sum(0)
+        return total / number
+
+    def attach(self, loss: Tensor) -> Tensor:
+        """The loss, its gradient multiplied for an engine that averages."""
+        ranks = math.prod(axis.size for axis in self.rows)
+        if self.grad == "sum" or ranks == 1 or not loss.requires_grad:
+            return loss
+        return _Scaled.apply(loss, ranks)
 
     def axis(self, name: str) -> Axis | None:
         """None where it is not shared."""
@@ -181,6 +244,19 @@ def _group(name: str, given: Any) -> Any:
         ),
     )
     return given.get_group()
+
+
+class _Scaled(torch.autograd.Function):
+    @staticmethod
+    @autograd.forward
+    def forward(ctx, loss, factor):
+        ctx.factor = factor
+        return loss.clone()
+
+    @staticmethod
+    @autograd.backward
+    def backward(ctx, grad):
+        return grad * ctx.factor, None
 
 
 ALONE = Parallel()

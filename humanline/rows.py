@@ -27,6 +27,8 @@ class Layout:
         sequence_of_row: index of each row's sequence, int64 ``[N]``, or None when padded.
         lengths: completion tokens of each sequence, int64 ``[S]``.
         tokens: completion tokens of the batch, an int64 scalar.
+        parallel: who has other rows of it, for ``prepare``; None in a process alone, and for the
+            rows that a loss sees, which are all of them.
     """
 
     mask: Tensor
@@ -35,6 +37,7 @@ class Layout:
     sequence_of_row: Tensor | None
     lengths: Tensor
     tokens: Tensor
+    parallel: Any = None
 
     @classmethod
     def of(cls, mask: Tensor, cu_seqlens: Tensor | None) -> "Layout":

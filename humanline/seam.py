@@ -27,12 +27,14 @@ class Problem:
         layout: mask and grouping of the rows.
         ref_logps: log-probs of the reference, flat ``[N]``, or None.
         batch: what the objective's ``prepare`` returned, row values being 0 where masked.
+        share: a :class:`humanline.joined.Share` where other ranks have rows of the batch.
     """
 
     objective: Any
     layout: Layout
     ref_logps: Tensor | None
     batch: dict[str, Any]
+    share: Any = None
 
     def rows(self, logps: Tensor, entropy: Tensor | None, index: Tensor | None = None) -> Rows:
         """The rows an objective sees, from flat log-probs of all rows or of those in ``index``."""
@@ -65,11 +67,15 @@ class Problem:
     @property
     def coupling(self) -> str:
         """Which rows a row's coefficient depends on: the objective's, or all of the batch if its
-        perception looks at that."""
-        return "batch" if self.objective.perception.needs_batch else self.objective.coupling
+        perception looks at that, or they may be on another rank."""
+        coupling = self.objective.coupling
+        shared = self.share is not None and coupling != "token"
+        return "batch" if self.objective.perception.needs_batch or shared else coupling
 
     def kernel_arguments(self) -> dict[str, Any] | None:
         """Arguments of the one-launch kernel, if the objective exists as a device function."""
+        if self.share is not None:
+            return self.share.kernel_arguments()
         return self.objective.kernel_arguments(self.layout, self.ref_logps, **self.batch)
 
     def stats(self, evaluation: "Evaluation") -> dict[str, Tensor]:
@@ -126,6 +132,8 @@ def evaluate(
         TypeError, ValueError: what the objective returns is no loss; within
             :func:`~humanline.debug`, it depends on the policy, or on other rows, unseen.
     """
+    if problem.share is not None:
+        return problem.share.evaluate(evaluate, logps, entropy, index)
     evaluation = _evaluate(problem, logps, entropy, index)
     if checks.debugging() and index is None and evaluation.coefficients.logps is not None:
         _check_coupling(problem, logps, entropy, evaluation.coefficients)

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from humanline import autograd, checks, ops
 from humanline.dtypes import at_least_float32
-from humanline.parallel import Parallel
+from humanline.joined import join
+from humanline.parallel import ALONE, Parallel, check_parallel
 from humanline.perception import Identity, Perception
 from humanline.rows import IGNORE_INDEX, Layout, Rows
 from humanline.seam import Problem
@@ -44,6 +45,12 @@ class Objective:
     #: ("sequence"), of its pair ("pair": sequences i and i + S/2) or any of the batch's ("batch").
     #: What is known earlier is computed in fewer passes; "batch" is always right.
     coupling: ClassVar[str] = "batch"
+    #: Whether sequences i and i + S/2 are a pair. Read where ranks share a batch, see
+    #: :class:`~humanline.Parallel`.
+    in_pairs: ClassVar[bool] = False
+    #: Names of what :meth:`prepare` returns with one value a sequence; other tensors have one a
+    #: row. Read where ranks share a batch.
+    per_sequence: ClassVar[tuple[str, ...]] = ()
 
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
@@ -127,6 +134,7 @@ class Objective:
         entropy: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         backend: str | None = None,
+        parallel: Parallel | None = None,
         **batch: Any,
     ) -> Result:
         """Loss from per-token log-probs.
@@ -139,6 +147,7 @@ class Objective:
             entropy: entropy of each row in nats, same shape; for objectives with an entropy bonus.
             cu_seqlens: row offsets ``[S+1]`` of packed sequences.
             backend: "triton" or "torch"; None chooses by device.
+            parallel: who shares what among processes, a :class:`~humanline.Parallel`.
             **batch: what the objective needs besides, see its own documentation.
 
         Returns:
@@ -171,13 +180,17 @@ class Objective:
         )
         checks.require_same_device(policy_logps=policy_logps, mask=mask, entropy=entropy)
         checks.require_mask("mask", mask)
-        problem = self._problem(Layout.of(mask, cu_seqlens), ref_logps, batch)
+        parallel = check_parallel(parallel)
+        problem = self._problem(Layout.of(mask, cu_seqlens), ref_logps, batch, parallel)
         checks.require(
             entropy is not None or not self.needs_entropy,
             lambda: f"{type(self).__name__} has an entropy bonus: from_logps needs entropy=…",
         )
         backend = ops.choose_backend(policy_logps, backend)
-        return ops.finish(problem, policy_logps, entropy if self.needs_entropy else None, backend)
+        entropy = entropy if self.needs_entropy else None
+        return _finished(
+            ops.finish(join(problem, parallel), policy_logps, entropy, backend), parallel
+        )
 
     def from_logits(
         self,
@@ -214,9 +227,10 @@ class Objective:
         checks.require_tensors(labels=labels)
         checks.require_tensors_or_none(cu_seqlens=cu_seqlens)
         layout = Layout.of(labels != IGNORE_INDEX, cu_seqlens)
+        parallel = check_parallel(parallel)
         logits, shard = ops.sliced_logits(logits, parallel)
         ops.check_logits(logits, labels, temperature, shard)
-        problem = self._problem(layout, ref_logps, batch)
+        problem = self._problem(layout, ref_logps, batch, parallel)
         backend = ops.choose_backend(logits, backend)
         checks.require(
             shard is None or not inplace,
@@ -225,14 +239,15 @@ class Objective:
                 f"vocabulary is split over the {shard.axis}"
             ),
         )
+        problem = join(problem, parallel)
         if shard is None:
             at_once = ops.logits_objective(problem, logits, labels, temperature, backend, inplace)
             if at_once is not None:
-                return at_once
+                return _finished(at_once, parallel)
         logps, entropy = ops.logits_logps(
             logits, labels, temperature, self.needs_entropy, backend, shard
         )
-        return ops.finish(problem, logps, entropy, backend)
+        return _finished(ops.finish(problem, logps, entropy, backend), parallel)
 
     @autograd.uncompiled
     def from_hidden(
@@ -288,6 +303,7 @@ class Objective:
         checks.require_tensors_or_none(cu_seqlens=cu_seqlens)
         ops.check_tolerance(gradient_tolerance, capturable)
         layout = Layout.of(labels != IGNORE_INDEX, cu_seqlens)
+        parallel = check_parallel(parallel)
         options = ops.Head(bias, temperature, logit_scale, logit_softcap)
         hidden, weight, head = ops.sliced_head(hidden, weight, options, parallel)
         ops.check_sliced(head, capturable, gradient_tolerance)
@@ -299,8 +315,9 @@ class Objective:
                 ref_weight is None and ref_bias is None,
                 "ref_weight and ref_bias are the head of ref_hidden, which was not given",
             )
-            problem = self._problem(layout, ref_logps, batch)
-            return ops.linear_objective(problem, hidden, weight, head.labels(labels), head, *how)
+            problem = join(self._problem(layout, ref_logps, batch, parallel), parallel)
+            rows = hidden, weight, head.labels(labels), head
+            return _finished(ops.linear_objective(problem, *rows, *how), parallel)
         checks.require(
             ref_logps is None and ref_weight is not None,
             "the reference is given by ref_logps, or by ref_hidden and ref_weight; got "
@@ -311,7 +328,7 @@ class Objective:
         ops.check_hidden(*of_ref[:2], labels, of_ref[2], "ref_")
         # Whatever is wrong with the batch is found before the reference's GEMM runs.
         unknown = torch.zeros(labels.shape, device=labels.device)
-        problem = self._problem(layout, unknown, batch)
+        problem = self._problem(layout, unknown, batch, parallel)
         with torch.no_grad():
             ref_logps = ops.linear_token_logps(
                 ref_hidden,
@@ -326,10 +343,19 @@ class Objective:
                 capturable=capturable,
                 parallel=parallel,
             )
-        problem = replace(problem, ref_logps=ref_logps.reshape(-1))
-        return ops.linear_objective(problem, hidden, weight, head.labels(labels), head, *how)
+        problem = join(replace(problem, ref_logps=ref_logps.reshape(-1)), parallel)
+        rows = hidden, weight, head.labels(labels), head
+        return _finished(ops.linear_objective(problem, *rows, *how), parallel)
 
-    def _problem(self, layout: Layout, ref_logps: Tensor | None, batch: dict[str, Any]) -> Problem:
+    def _problem(
+        self,
+        layout: Layout,
+        ref_logps: Tensor | None,
+        batch: dict[str, Any],
+        parallel: Parallel = ALONE,
+    ) -> Problem:
+        if parallel.rows:
+            layout = replace(layout, parallel=parallel)
         for name, x in batch.items():  # an objective of one's own may take what it likes, but whole
             if isinstance(x, Tensor):
                 checks.require_tensors(**{name: x})
@@ -410,6 +436,11 @@ class TokenObjective(Objective):
             name: layout.rows(x, name) if isinstance(x, Tensor) and x.dim() else x
             for name, x in batch.items()
         }
+
+
+def _finished(result: Result, parallel: Parallel) -> Result:
+    loss, stats = result
+    return parallel.attach(loss), stats
 
 
 def as_count(num_items: int | Tensor | None) -> int | Tensor | None:

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -53,7 +53,7 @@ class Pairs:
 def check_pairs(layout: Layout, name: str) -> None:
     """The batch holds as many chosen sequences (first half) as rejected ones (second half)."""
     checks.require(
-        layout.num_sequences % 2 == 0 and layout.num_sequences > 0,
+        layout.num_sequences % 2 == 0 and (layout.num_sequences > 0 or layout.parallel is not None),
         lambda: (
             f"{name} needs chosen sequences in the first half of the batch and rejected ones in "
             f"the second, so an even number of sequences; got {layout.num_sequences}"
@@ -216,6 +216,8 @@ class DPO(Objective):
             raise ValueError(
                 f"{len(self.loss_types)} loss types need as many loss_weights, got {self.weights}"
             )
+
+    in_pairs: ClassVar[bool] = True
 
     @property
     def coupling(self) -> str:

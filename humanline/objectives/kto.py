@@ -23,8 +23,9 @@ class KTO(Objective):
 
     Batch arguments:
         desirable: bool ``[S]``.
-        z0: the reference point, a scalar; or, to have it computed (perceived, averaged over ranks,
-            clamped at 0):
+        z0: the reference point, a scalar; or, to have it computed (perceived, clamped at 0; the
+            mean over all pairs of the ``sequence`` and ``data`` axes of ``parallel``, without
+            these over the means of all ranks there are, as in TRL):
         kl_logps, kl_ref_logps, kl_mask: log-probs of the mismatched pairs, ``[S', T']``, or packed
             together with ``kl_cu_seqlens``.
 
@@ -43,6 +44,7 @@ class KTO(Objective):
     loss_type: str = "kto"
 
     coupling: ClassVar[str] = "sequence"
+    per_sequence: ClassVar[tuple[str, ...]] = ("desirable",)
 
     def __post_init__(self):
         super().__post_init__()
@@ -115,12 +117,17 @@ class KTO(Objective):
         )
         checks.require_mask("kl_mask", mask)
         layout = Layout.of(mask, cu_seqlens)
-        checks.require(layout.num_sequences > 0, "KTO's reference point needs a mismatched pair")
+        alone = rows.parallel is None
+        checks.require(
+            layout.num_sequences > 0 or not alone, "KTO's reference point needs a mismatched pair"
+        )
         logps, ref_logps = (at_least_float32(x.detach()).reshape(-1) for x in (logps, ref_logps))
         checks.require_finite("kl_ref_logps", ref_logps, layout.mask)
         d = torch.where(layout.mask, logps - ref_logps, 0)
         c = torch.where(layout.mask, self.perception.perceive(d, layout.mask)[0], 0)
-        return mean_over_ranks(layout.sum(c).mean()).clamp(min=0)
+        rewards = layout.sum(c)
+        mean = mean_over_ranks(rewards.mean()) if alone else rows.parallel.mean(rewards)
+        return mean.clamp(min=0)
 
     def sequence_kernel_arguments(
         self, desirable: Tensor, z0: float | Tensor

@@ -15,6 +15,7 @@ from humanline.rows import Layout, Rows
 @dataclass(frozen=True)
 class _ReferenceFreePairs(Objective):
     needs_reference: ClassVar[bool] = False
+    in_pairs: ClassVar[bool] = True
 
     def prepare(self, layout: Layout, ref_logps: Tensor | None) -> dict[str, Any]:
         check_pairs(layout, type(self).__name__)

@@ -6,6 +6,7 @@ the seam's torch and autograd on ``[N]`` floats take more than a hundred
 where its log-probs did not find its coefficients on the way, and two for its statistics.
 """
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -25,6 +26,8 @@ def finish(
 
 def evaluate(problem: Problem, logps: Tensor, entropy: Tensor | None, backend: str) -> Evaluation:
     """As :func:`humanline.seam.evaluate` for all rows ``[N]``, by the kernel where there is one."""
+    if problem.share is not None:
+        return problem.share.evaluate(partial(evaluate, backend=backend), logps, entropy)
     if backend != "triton" or logps.dtype != torch.float32 or torch.compiler.is_compiling():
         return seam.evaluate(problem, logps, entropy)
     arguments = problem.objective.sequence_kernel_arguments(**problem.batch)
@@ -100,6 +103,9 @@ def token_evaluation(
         arguments: of the objective's device function.
         logps, entropy, loss, g: float32 ``[N]`` of all rows.
     """
+    if problem.share is not None:
+        whole = evaluate(problem, logps, entropy, "triton")
+        return replace(whole, coefficients=Coefficients(g, None))
     layout = problem.layout
     report, active_rows = _token_stats(
         *(logps, entropy, loss, g),

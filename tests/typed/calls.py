@@ -87,6 +87,9 @@ def every_function(return_entropy: bool) -> Iterator[Tensor]:
     yield either.sum() if isinstance(either, Tensor) else either[0].sum()
     alone = hl.Parallel(vocab=None)
     yield hl.token_logps(logits, labels, parallel=alone).sum()
+    yield hl.group_advantages(torch.randn(2), torch.tensor([0, 0]), parallel=alone).sum()
+    mean = hl.Parallel(sequence=None, data=None, grad="mean")
+    yield hl.SFT().from_logits(logits, labels, parallel=mean)[0]
     yield hl.linear_token_logps(hidden, weight, labels, parallel=alone).sum()
     yield hl.DPO().from_hidden(hidden, weight, labels, ref_logps, parallel=alone)[0]
     completion = token_ids.index_fill(1, torch.tensor([0]), -100)

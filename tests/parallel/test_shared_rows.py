@@ -1,0 +1,359 @@
+"""Rows shared by processes, in every way unevenly, against one process that has all of them."""
+
+import copy
+
+import oracle
+import pages
+import pytest
+import torch
+import torch.distributed as dist
+from oracle import Data, close, gradients, leaf
+from ranks import Collectives, require_passed, run
+from torch.distributed.device_mesh import init_device_mesh
+
+import humanline as hl
+from humanline.ops.backend import HAS_TRITON, interpreting
+
+RANKS = 2
+ALL = slice(None)
+
+
+class Batch(Data):
+    """Six sequences, of which the third is empty."""
+
+    B = 6
+
+    def __init__(self, dtype=torch.float64):
+        super().__init__(lengths=(5, 3, 0, 4, 2, 5), prompts=(1, 0, 0, 2, 0, 3), dtype=dtype)
+        self.advantages = torch.tensor([1.1, -0.7, 0.4, -1.3, 0.2, 0.9], dtype=dtype)
+        self.desirable = torch.tensor([True, False, True, True, False, True])
+
+    def part(self, sequences=ALL, rows=ALL, pairs=ALL, pair_rows=ALL):
+        """What a rank has: some sequences, some positions of them; the same of KTO's pairs."""
+        part = copy.copy(self)
+        for name in (*self.rows, "hidden", "keep"):
+            setattr(part, name, getattr(self, name)[sequences, rows])
+        part.lengths = part.keep.sum(1).tolist()
+        for name in ("advantages", "desirable"):
+            setattr(part, name, getattr(self, name)[sequences])
+        for name in ("kl_logps", "kl_ref_logps", "kl_mask"):
+            setattr(part, name, getattr(self, name)[pairs, pair_rows])
+        return part
+
+
+# Of a rank: what it has.
+SEQUENCE = {
+    "uneven": (
+        {"rows": slice(2), "pair_rows": slice(1)},
+        {"rows": slice(2, 5), "pair_rows": slice(1, 4)},
+    ),
+    "one without a completion": (
+        {"rows": slice(1), "pair_rows": slice(4)},
+        {"rows": slice(1, 5), "pair_rows": slice(4, 4)},
+    ),
+    "one without rows": (
+        {"rows": slice(5), "pair_rows": slice(4)},
+        {"rows": slice(5, 5), "pair_rows": slice(4, 4)},
+    ),
+}
+DATA = {  # pairs are (0, 3), (1, 4), (2, 5)
+    "uneven": (
+        {"sequences": [0, 1, 3, 4], "pairs": slice(1)},
+        {"sequences": [2, 5], "pairs": slice(1, 3)},
+    ),
+    "one without sequences": (
+        {"sequences": [], "pairs": slice(0)},
+        {"sequences": [0, 1, 2, 3, 4, 5], "pairs": slice(3)},
+    ),
+}
+
+
+def perception(case):
+    return hl.Clip(-0.4, 0.3) if case.cls.needs_reference else hl.Identity()
+
+
+def same_on_all_ranks(x):
+    everyones = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(everyones, x.detach().contiguous())
+    return all(torch.equal(x, other) for other in everyones)
+
+
+def total(x, group=None):
+    x = x.clone()
+    dist.all_reduce(x, group=group)
+    return x
+
+
+def losses(data, case, packed, columns=ALL, hidden_options=(), **options):
+    """Result and leaves of each entry point."""
+    weight, bias = leaf(data.weight[columns]), leaf(data.bias[columns])
+    logps = leaf(data.shaped(data.logps, packed))
+    hidden = leaf(data.shaped(data.hidden, packed))
+    logits = oracle.eager_logits(data.hidden, data.weight, data.bias)[..., columns]
+    logits = leaf(data.shaped(logits, packed))
+    of_logps = {k: x for k, x in options.items() if k != "backend"}
+    yield data.from_logps(case, perception(case), logps, packed, **of_logps), (logps,)
+    yield data.from_logits(case, perception(case), logits, packed, **options), (logits,)
+    found = data.from_hidden(
+        case, perception(case), hidden, weight, packed, bias=bias, **dict(hidden_options), **options
+    )
+    yield found, (hidden, weight, bias)
+
+
+def compare(data, have, parallel, case, packed=False, tol=1e-12, factor=1, group=None, **options):
+    """The loss and statistics of one process with all rows, gradients of own ones."""
+    mine = data.part(**have)
+    columns = options.pop("columns", ALL)
+    expected = losses(data, case, False, **options)
+    found = losses(mine, case, packed, columns=columns, parallel=parallel, **options)
+    for (whole, inputs), (result, own) in zip(expected, found, strict=True):
+        close(result, whole, tol)
+        assert same_on_all_ranks(result[0])
+        (of_rows, *of_head), (ours, *of_our_head) = (
+            gradients(loss, *leaves) for (loss, _), leaves in ((whole, inputs), (result, own))
+        )
+        if of_rows.shape[-1] == data.V and columns != ALL:
+            of_rows = of_rows[..., columns]
+        of_rows = of_rows[have.get("sequences", ALL), have.get("rows", ALL)]
+        of_rows = factor * mine.shaped(of_rows, packed)
+        close(ours, of_rows, tol)
+        for theirs, part in zip(of_head, of_our_head, strict=True):
+            close(total(part, group), factor * theirs[columns], tol)
+
+
+def along(axis, group, **options):
+    return hl.Parallel(**{axis: group}, **options)
+
+
+# What both processes run
+
+
+def split_sequences(rank):
+    data = Batch()
+    for case in oracle.CASES:
+        compare(data, SEQUENCE["uneven"][rank], along("sequence", dist.group.WORLD), case)
+
+
+def other_sequences(rank):
+    data = Batch()
+    for case in oracle.CASES:
+        compare(data, DATA["uneven"][rank], along("data", dist.group.WORLD), case)
+
+
+def ranks_without_rows_and_packed_ones(rank):
+    data = Batch()
+    for case in oracle.FEW:
+        for axis, ways in (("sequence", SEQUENCE), ("data", DATA)):
+            for name, have in ways.items():
+                if name == "uneven":
+                    compare(data, have[rank], along(axis, dist.group.WORLD), case, packed=True)
+                else:
+                    compare(data, have[rank], along(axis, dist.group.WORLD), case)
+
+
+def gradients_for_an_engine_that_averages(rank):
+    data, parallel = Batch(), along("data", dist.group.WORLD, grad="mean")
+    for case in oracle.FEW:
+        compare(data, DATA["uneven"][rank], parallel, case, factor=RANKS)
+
+
+def rows_that_do_not_fit(rank):
+    """Every rank takes its own way through the head, and they still meet once."""
+    data = Batch()
+    for name in (
+        "dpo-sigmoid",
+        "kto-kl",
+        "grpo-grpo",
+        "grpo-grpo-importance_sampling_level=sequence",
+    ):
+        for axis, have in (("sequence", SEQUENCE["uneven"]), ("data", DATA["uneven"])):
+            a_row = 8 * data.V
+            for rows in (1, 6):
+                options = {"hidden_options": {"workspace_bytes": rows * a_row}}
+                group = along(axis, dist.group.WORLD)
+                compare(data, have[rank], group, oracle.BY_NAME[name], **options)
+
+
+def the_kernels(rank):
+    if not (HAS_TRITON and interpreting()):
+        return
+    data = Batch(dtype=torch.float32)
+    for name in ("dpo-sigmoid", "grpo-grpo", "kto"):
+        group = along("sequence", dist.group.WORLD)
+        case = oracle.BY_NAME[name]
+        compare(data, SEQUENCE["uneven"][rank], group, case, tol=2e-5, backend="triton")
+
+
+def the_page(rank):
+    """What humanline/README.md shows."""
+    (block,) = [x for x in pages.blocks("python") if 'sequence=mesh["cp"]' in x.code]
+    data = Batch(dtype=torch.float32)
+    mine, head = data.part(**DATA["uneven"][rank]), torch.nn.Linear(data.H, data.V, bias=False)
+    head.weight.data = data.weight.clone()
+    given = {
+        "mesh": init_device_mesh("cpu", (RANKS, 1), mesh_dim_names=("dp", "cp")),
+        "lm_head": head,
+        "hidden": leaf(mine.hidden),
+        "labels": mine.labels,
+        "ref_logps": mine.ref,
+    }
+    exec(block.code, given)
+    weight = leaf(data.weight)
+    expected = hl.DPO(beta=0.1, perception=hl.Clip()).from_hidden(
+        data.hidden, weight, data.labels, data.ref
+    )
+    close((given["loss"], given["stats"]), expected, 1e-5)
+    close(total(head.weight.grad) / RANKS, gradients(expected[0], weight)[0], 1e-5)
+
+
+def groups_of_completions(rank):
+    rewards, ids = torch.tensor([1.0, 0, 0.5, 2, -1, 0.1]), torch.tensor([3, 3, 5, 5, 3, 5])
+    own = slice(4) if rank == 0 else slice(4, 6)
+    shared = hl.group_advantages(rewards[own], ids[own], parallel=along("data", dist.group.WORLD))
+    alone = hl.group_advantages(rewards[own], ids[own], parallel=hl.Parallel())
+    whole = hl.group_advantages(rewards, ids, parallel=hl.Parallel())
+    close(shared, whole[own])
+    assert not torch.allclose(alone, whole[own])
+    close(hl.group_advantages(rewards[own], ids[own]), shared)  # all ranks there are
+
+
+def mismatched(rank):
+    prompts, completions = [[1], [1], [2], [3]], [[5, 6], [7], [8], [9]]
+    own = slice(0, 3) if rank == 0 else slice(3, 4)
+    parallel = along("data", dist.group.WORLD)
+    whole = hl.mismatched_pairs(prompts, completions)
+    assert hl.mismatched_pairs(prompts[own], completions[own], parallel=parallel) == whole[own]
+    rows = [p + c for p, c in zip(prompts, completions, strict=True)]
+    labels = [[-100] * len(p) + c for p, c in zip(prompts, completions, strict=True)]
+    expected = hl.mismatched_rows(**packed_rows(rows, labels))
+    found = hl.mismatched_rows(**packed_rows(rows[own], labels[own]), parallel=parallel)
+    ends = expected["cu_seqlens"].tolist()
+    some = slice(ends[own.start], ends[own.stop])
+    for name in ("input_ids", "labels"):
+        assert found[name].tolist() == expected[name][some].tolist()
+    with pytest.raises(ValueError, match="at least two sequences"):
+        hl.mismatched_pairs(prompts[:1], completions[:1], parallel=hl.Parallel())
+
+
+def packed_rows(rows, labels):
+    ends = torch.tensor([0, *map(len, rows)]).cumsum(0)
+    ids, labels = (torch.tensor([x for row in part for x in row]) for part in (rows, labels))
+    return {"input_ids": ids, "labels": labels, "cu_seqlens": ends}
+
+
+class Spread(hl.Objective):
+    """An objective of one's own, on the whole batch: how far apart the weighted sequences are."""
+
+    per_sequence = ("scale",)
+
+    def prepare(self, layout, ref_logps, scale, weights):
+        return {"scale": scale, "weights": weights.reshape(-1)}
+
+    def loss(self, rows, scale, weights):
+        return (scale * rows.sum(weights * rows.log_ratio)).var()
+
+
+def an_objective_of_one_s_own(rank):
+    data, scale = Batch(), torch.rand(6, dtype=torch.float64)
+    weights = torch.rand(6, 5, dtype=torch.float64)
+    ways = ("sequence", SEQUENCE["uneven"][rank]), ("data", DATA["uneven"][rank])
+    whole = leaf(data.logps)
+    expected = Spread().from_logps(whole, data.ref, data.mask, scale=scale, weights=weights)
+    for axis, have in ways:
+        mine, sequences, rows = data.part(**have), have.get("sequences", ALL), have.get("rows", ALL)
+        logps = leaf(mine.logps)
+        arguments = logps, mine.ref, mine.mask
+        parallel = along(axis, dist.group.WORLD)
+        of_rows = weights[sequences, rows]
+        found = Spread().from_logps(
+            *arguments, scale=scale[sequences], weights=of_rows, parallel=parallel
+        )
+        close(found, expected)
+        theirs = gradients(expected[0], whole, retain_graph=True)[0][sequences, rows]
+        close(gradients(found[0], logps)[0], theirs)
+        with pytest.raises(ValueError, match=r"weights must begin with .* or Spread\.per_sequence"):
+            Spread().from_logps(
+                *arguments, scale=scale[sequences], weights=torch.ones(7), parallel=parallel
+            )
+
+
+def what_is_sent(rank):
+    """4 bytes a row of log-probs; before them, of what the batch has; then whole numbers."""
+    data = Batch(dtype=torch.float32)
+    for case, of_batch in (("dpo-sigmoid", 1), ("grpo-grpo", 3), ("sft", 1)):
+        mine = data.part(**SEQUENCE["uneven"][rank])
+        with Collectives() as collectives:
+            mine.from_logps(
+                oracle.BY_NAME[case],
+                perception(oracle.BY_NAME[case]),
+                leaf(mine.logps),
+                parallel=along("sequence", dist.group.WORLD),
+            )[0].backward()
+        most = 6 * 3  # rows of the rank that has more of them
+        assert collectives.floats == [4 * most] * (of_batch + 1)
+
+
+def what_is_refused(rank):
+    data = Batch()
+    mine = data.part(sequences=slice(2 + 2 * rank))
+    with pytest.raises(ValueError, match=r"the same sequences, got \[2, 4\] of them"):
+        hl.SFT().from_logps(
+            mine.logps, None, mine.mask, parallel=along("sequence", dist.group.WORLD)
+        )
+    with pytest.raises(ValueError, match="two axes have this rank alone in common"):
+        hl.Parallel(sequence=dist.group.WORLD, data=dist.group.WORLD)
+    with pytest.raises(ValueError, match='grad must be "sum" or "mean"'):
+        hl.Parallel(grad="max")
+
+
+CHECKS = [
+    the_page,
+    split_sequences,
+    other_sequences,
+    ranks_without_rows_and_packed_ones,
+    gradients_for_an_engine_that_averages,
+    rows_that_do_not_fit,
+    an_objective_of_one_s_own,
+    groups_of_completions,
+    mismatched,
+    what_is_sent,
+    what_is_refused,
+    the_kernels,
+]
+
+
+@pytest.fixture(scope="module")
+def outcome(tmp_path_factory):
+    return run(CHECKS, tmp_path_factory.mktemp("ranks"), RANKS)
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_in_two_processes(check, outcome):
+    require_passed(check, outcome, RANKS)
+
+
+# What four processes run
+
+
+def two_axes(rank):
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("outer", "inner"))
+    outer, inner = mesh.get_coordinate()
+    data = Batch()
+    for case in oracle.FEW:
+        have = DATA["uneven"][outer] | SEQUENCE["uneven"][inner]
+        parallel = hl.Parallel(data=mesh["outer"], sequence=mesh["inner"])
+        compare(data, have, parallel, case)
+        for axis, ways in (("data", DATA), ("sequence", SEQUENCE)):
+            parallel = hl.Parallel(**{axis: mesh["outer"]}, vocab=mesh["inner"])
+            columns = slice(4) if inner == 0 else slice(4, 7)
+            have, group = ways["uneven"][outer], mesh["outer"].get_group()
+            compare(data, have, parallel, case, group=group, columns=columns)
+
+
+@pytest.fixture(scope="module")
+def outcome_of_four(tmp_path_factory):
+    return run([two_axes], tmp_path_factory.mktemp("four"), 4)
+
+
+def test_in_four_processes(outcome_of_four):
+    require_passed(two_axes, outcome_of_four, 4)
