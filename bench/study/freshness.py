@@ -34,7 +34,10 @@ from humanline.training.config import TrainConfig
 from humanline.training.model import model_folder
 
 CONFIG, LINES = HERE / "freshness.json", RESULTS / "freshness.jsonl"
-PLAIN, SYNC, HUMANLINE = "plain", "sync only", "humanline"
+PLAIN, SYNC, HUMANLINE, NARROW = "plain", "sync only", "humanline", "narrow humanline"
+
+#: Of the methods that clip, the share of tokens that lay within the bounds in the twin's drift.
+WITHIN = {HUMANLINE: "drift_quantile", NARROW: "narrow_quantile"}
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ class Arm:
     Args:
         objective: "GRPO" or "DPO".
         every: optimizer steps between draws of completions; 0: all are drawn before the first.
-        method: "plain", "sync only" or "humanline".
+        method: "plain", "sync only", "humanline" or "narrow humanline".
         sync_every: optimizer steps between syncs; 0 for plain.
     """
 
@@ -73,7 +76,8 @@ def grid(config: dict[str, Any], objective: str) -> list[Arm]:
     rare = [every for every in config["sample_every"] if every != 1]
     arms = [Arm(objective, 1, PLAIN, 0)]
     arms += [Arm(objective, every, PLAIN, 0) for every in rare]
-    for k in (first, *others):
+    arms += [Arm(objective, n, m, first) for m in (HUMANLINE, SYNC, NARROW) for n in rare]
+    for k in others:
         arms += [Arm(objective, n, method, k) for method in (HUMANLINE, SYNC) for n in rare]
     return arms
 
@@ -295,7 +299,7 @@ def score(policy: blocks.Policy, batch: Batch) -> Tensor:
 
 
 def make_objective(arm: Arm, options: dict[str, Any], bound: float | None) -> hl.Objective:
-    perception = hl.Clip(-bound, bound) if arm.method == HUMANLINE else hl.Identity()
+    perception = hl.Clip(-bound, bound) if arm.method in WITHIN else hl.Identity()
     return getattr(hl, arm.objective)(**options, perception=perception)
 
 
@@ -361,7 +365,8 @@ def train(
         **{name: round(value, 2) for name, value in cost.items()},
     }
     if early:
-        drift = torch.cat(early).quantile(config["tuning"]["drift_quantile"]).item()
+        ratios, tuning = torch.cat(early), config["tuning"]
+        drift = {name: ratios.quantile(tuning[name]).item() for name in WITHIN.values()}
         result |= {"drift": drift, "unclamped": round(statistics.mean(unclamped), 4)}
     return result
 
@@ -410,10 +415,10 @@ class Done(dict[tuple, dict[str, Any]]):
 
     def bound(self, arm: Arm, lr: float) -> float | None:
         """By the rule; None also where the twin has not run."""
-        if arm.method != HUMANLINE:
+        if arm.method not in WITHIN:
             return None
         twins = [self.get((str(arm.twin), seed, lr, None)) for seed in self.tuning["seeds"]]
-        return None if None in twins else round(statistics.mean(t["drift"] for t in twins), 5)
+        return None if None in twins else round(_drift(twins, arm), 5)
 
     def tuning_score(self, arm: Arm, lr: float) -> float | None:
         runs = [
@@ -443,6 +448,10 @@ class Done(dict[tuple, dict[str, Any]]):
         return max(scores, key=scores.get) if settled else None
 
 
+def _drift(twins: list[dict[str, Any]], arm: Arm) -> float:
+    return statistics.mean(twin["drift"][WITHIN[arm.method]] for twin in twins)
+
+
 def key(result: dict[str, Any]) -> tuple:
     return result["arm"], result["seed"], result["lr"], result["bound"]
 
@@ -453,7 +462,7 @@ def wanted(done: Done, objective: str) -> list[Run]:
 
     def add(arm: Arm, seeds: list[int], lr: float) -> None:
         bound = done.bound(arm, lr)
-        if arm.method == HUMANLINE and bound is None:
+        if arm.method in WITHIN and bound is None:
             arm, seeds = arm.twin, done.tuning["seeds"]
         runs.extend((arm, seed, lr, bound) for seed in seeds)
 

@@ -9,11 +9,28 @@ from typing import Any
 from bench.report import markdown
 from bench.study import task
 from bench.study.analyse import interval, new_figure, save, shown, verdict
-from bench.study.freshness import CONFIG, HUMANLINE, LINES, PLAIN, SYNC, Arm, Done, age, grid
+from bench.study.freshness import (
+    CONFIG,
+    HUMANLINE,
+    LINES,
+    NARROW,
+    PLAIN,
+    SYNC,
+    WITHIN,
+    Arm,
+    Done,
+    age,
+    grid,
+)
 from bench.study.run import HERE, read_config, read_results
 
 REPORT, FIGURE = "FRESHNESS.md", "freshness.png"
-LOOKS = {PLAIN: ("#000000", ":"), SYNC: ("#E69F00", "--"), HUMANLINE: ("#0072B2", "-")}
+LOOKS = {
+    PLAIN: ("#000000", ":"),
+    SYNC: ("#E69F00", "--"),
+    HUMANLINE: ("#0072B2", "-"),
+    NARROW: ("#CC79A7", (0, (6, 2, 1, 2))),
+}
 
 
 class Runs:
@@ -86,7 +103,7 @@ def arm_table(runs: Runs, objective: str) -> str:
             values = list(runs.values(arm, name).values())
             row.append(shown(*interval(values)) if len(values) > 2 else _plain(values))
         removed = [1 - r["unclamped"] for r in of.values() if "unclamped" in r]
-        row.append(f"{statistics.mean(removed):.1%}" if arm.method == HUMANLINE else "")
+        row.append(f"{statistics.mean(removed):.1%}" if arm.method in WITHIN else "")
 
         def mean(name, of=of):
             return statistics.mean(r[name] for r in of.values())
@@ -199,7 +216,7 @@ def draw(runs: Runs) -> None:
     for line in axes:
         for axis in line:
             handles |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
-    figure.legend(handles.values(), handles, loc="outside lower center", ncols=4)
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=5)
     save(figure, FIGURE, digest(runs))
 
 

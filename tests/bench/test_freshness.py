@@ -86,7 +86,7 @@ def test_a_right_answer_is_the_number_and_nothing_else(world):
 
 
 def run(arm, world, taken_apart, config, lr=1e-3):
-    bound = 0.01 if arm.method == freshness.HUMANLINE else None
+    bound = 0.01 if arm.method in freshness.WITHIN else None
     frozen, policy = copy.deepcopy(taken_apart)
     return freshness.train(arm, world, frozen, policy, config, 0, lr, bound, END)
 
@@ -147,7 +147,8 @@ def test_a_run_that_diverges_counts_as_right_on_no_question(world, taken_apart, 
 def line(run, config, score):
     arm, seed, lr, bound = run
     found = {"arm": str(arm), "seed": seed, "lr": lr, "bound": bound, "recipe": recipe(config)}
-    found |= {"pass@1": [0.2, score], "greedy": [0.2, score], "drift": 1000 * lr, "unclamped": 0.9}
+    found |= {"pass@1": [0.2, score], "greedy": [0.2, score], "unclamped": 0.9}
+    found["drift"] = {"drift_quantile": 1000 * lr, "narrow_quantile": 100 * lr}
     found |= {"device": "a CPU", "torch": "2.13.0", "tokens_sampled": 7, "sampling_seconds": 7.0}
     return found | {"training_seconds": 1.0, "trained_on": 16}
 
@@ -190,18 +191,18 @@ def test_bounds_are_the_twins_drift_and_all_runs_get_done(rules):
     done, _ = finished(rules, "GRPO", best_at(rules["tuning"]["lrs"][1]))
     runs = freshness_report.Runs(done)
     arms = freshness.grid(rules, "GRPO")
-    assert len(arms) == 22
+    assert len(arms) == 25
     for arm in arms:
         assert set(runs.of[arm]) == set(rules["seeds"])
         for found in runs.of[arm].values():
-            humanline = arm.method == freshness.HUMANLINE
-            assert found["bound"] == (round(1000 * found["lr"], 5) if humanline else None)
+            factor = {freshness.HUMANLINE: 1000, freshness.NARROW: 100}.get(arm.method)
+            assert found["bound"] == (factor and round(factor * found["lr"], 5))
 
 
 def test_the_report_says_what_is_missing(rules):
     done, _ = finished(rules, "GRPO", best_at(rules["tuning"]["lrs"][1]))
     text = freshness_report.report(freshness_report.Runs(done))
-    assert "**Unfinished: 110 of 220 final runs are done." in text
+    assert "**Unfinished: 125 of 250 final runs are done." in text
     assert text.count("Not run yet.") == 1  # DPO
     difference = "| every 64, humanline k=1 − every 1, plain | 5 | +0.000 ± 0.000 | **shown** |"
     assert difference in text
