@@ -1,5 +1,6 @@
 """The study on the pretrained model, without the model: its questions, rules and report."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -100,3 +101,21 @@ def test_the_committed_report_is_that_of_the_committed_runs(config):
     runs = {pretrained.key(r): r for r in read_results(pretrained.LINES, config)}
     written = (pretrained.HERE / pretrained.REPORT).read_text(encoding="utf-8")
     assert pretrained.report(runs, config) == written, "run: python -m bench.study.pretrained"
+
+
+def test_the_pages_say_how_the_default_bounds_compare_with_those_of_the_rule(config):
+    """One run each: the default's is the study's with the same seed and rate."""
+    by_rule = (pretrained.RESULTS / "defaults.jsonl").read_text(encoding="utf-8").splitlines()
+    runs = {pretrained.key(r): r for r in read_results(pretrained.LINES, config)}
+    root = pretrained.HERE.parents[1]
+    page = (root / "humanline/README.md").read_text(encoding="utf-8")
+    default = TrainConfig().log_eps_R
+    shares = {"dpo": "beyond which {:.0%} of the tokens lay", "grpo": "({:.0%})"}
+    for line in map(json.loads, by_rule):
+        objective, seed, lr = line["objective"], line["seed"], line["learning_rate"]
+        assert lr == TrainConfig(objective=objective).learning_rate
+        ours = runs[objective, "humanline", seed, lr]
+        share = shares[objective].format(1 - ours["unclamped"]).replace("%", " %")
+        assert f"{ours['accuracy'] * 100:.1f} %" in page and share in page
+        assert f"±{default:g}" in page and f"±{line['log_eps_R']:g}" in page
+        assert f"{line['accuracy'] * 100:.1f} %" in page
