@@ -91,7 +91,8 @@ def require_tensors_or_none(**tensors: Any) -> None:
 # slice of what its own rows gave, and the other ranks' rows would be lost.
 _UNSHARD = (
     "where the ranks of its mesh have the same rows (tensor parallel), name them, "
-    "parallel=humanline.Parallel(vocab=…); where each has rows of its own, "
+    "parallel=humanline.Parallel(vocab=…); where each has rows of its own (FSDP2), "
+    "parallel=humanline.Parallel(data=…), or "
     "call unshard() of the FSDP2 module that holds it first, or pass "
     '{0}.full_tensor(grad_placements=[Partial("avg")]), one Partial for each dimension of the mesh '
     "(from torch.distributed.tensor), which averages over ranks what each one's rows give. "

@@ -7,8 +7,7 @@ Along an axis the ranks share
     data        the objective: each has sequences of its own
 
 Sums over ranks are taken in the order of the ranks, from what all of them have gathered, so that
-every rank has the same bits and decides alike. Hidden states' gradients alone are left to the
-backend's all-reduce.
+every rank has the same bits and decides alike. Gradients alone are left to the backend's sums.
 """
 
 import math
@@ -28,6 +27,7 @@ from humanline import autograd, checks
 _SECONDS = 2.0  # that ranks which gave up have to say so
 # The same under its names before and after torch 2.13.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 class Axis:
@@ -61,6 +61,17 @@ class Axis:
         padded[: len(x)] = x
         everyones = self.gather(padded)
         return torch.cat([rows[:n] for rows, n in zip(everyones, sizes, strict=True)])
+
+    def sum_rows(self, x: Tensor, sizes: list[int]) -> Tensor:
+        """``[sizes[rank], …]``: this rank's rows of the sum over ranks of ``x [Σ sizes, …]``."""
+        most = max(sizes)
+        padded = x.new_zeros(self.size, most, *x.shape[1:])
+        for rows, part in zip(padded, x.split(sizes), strict=True):
+            rows[: len(part)] = part
+        mine = torch.empty_like(padded[0])
+        if mine.numel():
+            self._run(_reduce_scatter, mine, padded.view(self.size * most, *x.shape[1:]))
+        return mine[: sizes[self.rank]]
 
     def gather_objects(self, x: Any) -> list[Any]:
         """What each rank gives, pickled."""
@@ -128,7 +139,10 @@ class Parallel:
         sequence: ranks with the same sequences in one order, and some rows of each one, in their
             order; any number of them, none included. What there is one of a sequence is given on
             every rank.
-        data: ranks with sequences of their own, any number of them; of pairs, both.
+        data: ranks with sequences of their own, any number of them; of pairs, both. A head's weight
+            and bias may be DTensors split over them along the vocabulary, as FSDP2 has them: they
+            are gathered for the call, their gradient summed over ranks in float32 at least and
+            left as they lie; with ``grad="mean"`` divided by the ranks, as FSDP2 would.
         grad: "sum": each rank's gradients are those that its rows give, and sum over the ranks of
             ``sequence`` and ``data`` to the gradient of the loss. "mean": multiplied by the number
             of these ranks, for an engine that averages over them, as DDP and FSDP do.

@@ -30,7 +30,7 @@ class Collectives(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if "c10d" in func.namespace:
             self.seen.append(func.name())
-            given = args[1] if "allgather_base" in func.name() else args[0]
+            given = args[1] if "_base" in func.name() else args[0]  # behind the output
             given = given if isinstance(given, list) else [given]
             floats = sum(x.nbytes for x in given if x.is_floating_point())
             if floats:

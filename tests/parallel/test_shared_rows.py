@@ -9,7 +9,10 @@ import torch
 import torch.distributed as dist
 from oracle import Data, close, gradients, leaf
 from ranks import Collectives, require_passed, run
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard
 
 import humanline as hl
 from humanline.ops.backend import HAS_TRITON, interpreting
@@ -206,6 +209,63 @@ def the_page(rank):
     close(total(head.weight.grad) / RANKS, gradients(expected[0], weight)[0], 1e-5)
 
 
+def an_fsdp2_head(rank):
+    """Taken where it lies, it trains as a whole one does: body and head, by the engine's mean."""
+    mesh, data = init_device_mesh("cpu", (RANKS,)), Batch(dtype=torch.float32)
+    mine = data.part(**DATA["uneven"][rank])
+
+    def model():
+        torch.manual_seed(1)
+        return nn.ModuleDict({"body": nn.Linear(data.H, data.H), "head": nn.Linear(data.H, data.V)})
+
+    whole = model()
+    for case in (oracle.BY_NAME["dpo-sigmoid"], oracle.BY_NAME["grpo-bnpo"]):
+        for grad in ("mean", "sum"):
+            whole.zero_grad()
+            expected = data.from_hidden(
+                case,
+                perception(case),
+                whole["body"](data.hidden),
+                whole["head"].weight,
+                bias=whole["head"].bias,
+            )
+            expected[0].backward()
+            sharded = model()
+            fully_shard(sharded["body"], mesh=mesh)
+            fully_shard(sharded["head"], mesh=mesh)
+            head = sharded["head"]
+            with Collectives() as collectives:
+                found = mine.from_hidden(
+                    case,
+                    perception(case),
+                    sharded["body"](mine.hidden),
+                    head.weight,
+                    bias=head.bias,
+                    parallel=hl.Parallel(data=mesh, grad=grad),
+                )
+                found[0].backward()
+            close(found, expected, 1e-5)
+            rows = -(-data.V // RANKS)  # FSDP2's, of which the last rank may have fewer
+            assert 4 * rows * data.H in collectives.floats  # the weight
+            assert 4 * rows * data.H * RANKS in collectives.floats  # its gradient
+            for name in ("weight", "bias"):
+                of_head = getattr(head, name).grad
+                assert of_head.placements == (Shard(0),)
+                close(of_head.full_tensor(), getattr(whole["head"], name).grad, 1e-5)
+                of_body = getattr(sharded["body"], name).grad.full_tensor()
+                of_body = of_body * (1 if grad == "mean" else RANKS)
+                close(of_body, getattr(whole["body"], name).grad, 1e-5)
+    logps = hl.linear_token_logps(
+        mine.hidden, head.weight, mine.labels, head.bias, parallel=hl.Parallel(data=mesh)
+    )
+    expected = hl.linear_token_logps(
+        data.hidden, whole["head"].weight, data.labels, whole["head"].bias
+    )
+    close(logps, expected[DATA["uneven"][rank]["sequences"]], 1e-5)
+    with pytest.raises(ValueError, match=r"weight is a DTensor .*Parallel\(data="):
+        hl.linear_token_logps(mine.hidden, head.weight, mine.labels)
+
+
 def groups_of_completions(rank):
     rewards, ids = torch.tensor([1.0, 0, 0.5, 2, -1, 0.1]), torch.tensor([3, 3, 5, 5, 3, 5])
     own = slice(4) if rank == 0 else slice(4, 6)
@@ -308,6 +368,7 @@ def what_is_refused(rank):
 
 CHECKS = [
     the_page,
+    an_fsdp2_head,
     split_sequences,
     other_sequences,
     ranks_without_rows_and_packed_ones,

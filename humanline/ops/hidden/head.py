@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from humanline import checks
+from humanline.ops.hidden.gathered import gathered
 from humanline.ops.temperature import check_temperature, row_temperature
 from humanline.ops.vocabulary import Shard, local_part
 from humanline.parallel import Parallel, check_parallel
@@ -49,6 +50,9 @@ def sliced_head(
     parallel = check_parallel(parallel)
     weight = local_part(weight, prefix + "weight", parallel, 0)
     bias = local_part(head.bias, prefix + "bias", parallel, 0)
+    if isinstance(hidden, Tensor) and parallel.axis("vocab") is None:
+        dtype = hidden.dtype
+        weight, bias = gathered(weight, dtype, parallel), gathered(bias, dtype, parallel)
     checks.require_tensors(**{prefix + "weight": weight})
     shard = Shard.of(parallel, weight.shape[0] if weight.dim() else 0, weight.device)
     if shard is not None and isinstance(hidden, Tensor):
