@@ -13,6 +13,7 @@
 #   smoke                     a minute: import, every kernel once against float64, products from half
 #                             precision to float32, a CUDA graph
 #   profile                   a call's kernels by time, and what is left between them
+#   left-out                  the same with a gradient_tolerance, where some tokens are likelier
 #   bench-headline            the floor and the main peers at N = 8,192, bfloat16: GRPO from hidden
 #                             states of width 4,096 and 1,024 and from logits at two vocabularies,
 #                             DPO and SFT from hidden states
@@ -31,9 +32,9 @@
 #
 # FOLDER, by default $OUT or runs/gpu, holds one file: gpu-results.tar.gz, written anew after each
 # step. In it, in a folder named after the GPU and the day: results.json, checks.jsonl,
-# profile.jsonl, configurations.jsonl, ncu.csv, ncu.json, log; machines.jsonl, a line for each time
-# this was started; and which steps are done, failed, late (a line for each time that one ran out
-# of time).
+# profile.jsonl, left-out.jsonl, configurations.jsonl, ncu.csv, ncu.json, log; machines.jsonl, a
+# line for each time this was started; and which steps are done, failed, late (a line for each time
+# that one ran out of time).
 #
 # --wheels installs the peers without their dependencies; a peer that is missing is skipped and says
 # so. `pip download --no-deps --only-binary=:all: --python-version 3.12` fetches a wheel. Beside
@@ -142,6 +143,7 @@ steps() {
     gpu smoke smoke
     step environment "$python" -m humanline.cli doctor
     gpu profile where_the_time_goes
+    gpu left-out left_out
     if [ -n "$reduced" ]; then
         bench smoke 1 --suite smoke --peers 'bare GEMMs' eager humanline
     else

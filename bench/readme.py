@@ -8,11 +8,13 @@
 import json
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from bench.cases import SUITES
+from bench.gpu import left_out
 from bench.machine_code.cards import CARDS
 from bench.machine_code.row_kernels import ROW_KERNELS, TOLD, reports
 from bench.measure import Result
@@ -40,7 +42,7 @@ def cpu() -> str:
 
 
 def gpu() -> str:
-    return _measured("gpu") or NO_GPU
+    return "\n".join([_measured("gpu") or NO_GPU, *_left_out()])
 
 
 def predicted() -> str:
@@ -154,6 +156,28 @@ BLOCKS = {
     "reference": reference,
     "long-context": context,
 }
+
+
+def _left_out() -> Iterator[str]:
+    """Of each GPU: what a tolerance spared where some tokens are far likelier than others."""
+    for path in sorted(ROOT.glob(f"bench/results/*/{left_out.FILE}")):
+        found = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        rows = [
+            [
+                r["case"].partition(",")[0],
+                f"{r['tolerance']:g}",
+                f"{r['kept']:.0%}",
+                seconds(r["wall"] / 1e3),
+                f"{r['hidden_error']:.1e}, {r['weight_error']:.1e}" if r["kept"] < 1 else "—",
+            ]
+            for r in found
+        ]
+        head = ["from hidden", "`gradient_tolerance`", "columns kept", "time", "errors of dH, dW"]
+        yield (
+            "\nWith a `gradient_tolerance`, where tokens differ in frequency as words do "
+            f"(`python -m bench.gpu left_out`, `{path.relative_to(ROOT)}`; errors are relative, "
+            f"from the exact gradients):\n\n{markdown(head, rows)}"
+        )
 
 
 def _recorded(name: str, benchmark: ModuleType) -> str:

@@ -20,7 +20,7 @@ from .launch import dense
 correct_interpreter()
 
 # A line is of PART rows; a program adds up ROWS of them at a time.
-LAUNCH = {"PART": 128, "ROWS": 16, "COLUMNS": 512, "num_warps": 8}
+LAUNCH = {"PART": 128, "ROWS": 8, "COLUMNS": 512, "num_warps": 4}
 
 
 @triton.jit(do_not_specialize=["n"])

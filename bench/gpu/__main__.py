@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from bench.gpu import steps
+from bench.gpu.left_out import left_out
 from bench.gpu.profile import where_the_time_goes
 from bench.gpu.smoke import smoke
 
@@ -14,6 +15,7 @@ STEPS = {
         steps.machine,
         smoke,
         where_the_time_goes,
+        left_out,
         steps.correctness,
         steps.correctness_rest,
         steps.ops,

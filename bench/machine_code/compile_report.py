@@ -222,7 +222,7 @@ def compile_variant(name: str, target: str, vocab: int, dtype: str, aligned: boo
     config = row_config(vocab, TORCH_DTYPES["fp32" if ours else dtype], aligned or ours, read)
     if "LANES" not in function.arg_names:
         config = dict(sys.modules[function.__module__].LAUNCH)
-    warps = config.pop("num_warps")
+    warps, fused = config.pop("num_warps"), config.pop("enable_fp_fusion", True)
     if TARGETS[target].backend == "hip":
         warps //= 2
     defaults = {"TEMPERATURE_PER_ROW": False, **config}
@@ -231,7 +231,8 @@ def compile_variant(name: str, target: str, vocab: int, dtype: str, aligned: boo
     constants = {**{k: v for k, v in defaults.items() if k in function.arg_names}, **constants}
     types = {a: _type(a, dtype) for a in function.arg_names}
     odd = () if aligned else ("V",) if ours else INTEGERS
-    report = _compile(name, target, function, constants, types, odd, ours, num_warps=warps)
+    options = {"num_warps": warps, "enable_fp_fusion": fused}
+    report = _compile(name, target, function, constants, types, odd, ours, **options)
     if "LANES" not in function.arg_names:
         return replace(report, loops=())
     return with_bounds(report, dtype, 32 * warps, 4 if ours else TORCH_DTYPES[dtype].itemsize)
@@ -311,7 +312,7 @@ def _type(argument: str, dtype: str) -> str:
         *("labels_ptr", "index_ptr", "kept_ptr", "order_ptr", "tokens_ptr", "cu_seqlens_ptr")
     }:
         return "*i64"
-    if argument == "count_ptr":
+    if argument in ("count_ptr", "columns_ptr"):
         return "*i32"
     if argument in ("mask_ptr", "desirable_ptr"):
         return "*i1"

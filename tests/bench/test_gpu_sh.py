@@ -65,6 +65,8 @@ def test_the_reduced_form_runs_start_to_end(tmp_path):
     assert "bfloat16" in (folder / "configurations.jsonl").read_text()
     profiled = (folder / "profile.jsonl").read_text()
     assert "grpo-hidden" in profiled and '"passed": false' not in profiled
+    left_out = json.loads((folder / "left-out.jsonl").read_text())
+    assert left_out["passed"] and 0 < left_out["kept"] < 1
 
 
 def test_results_of_another_machine_are_not_gone_on_with(tmp_path):
@@ -94,7 +96,7 @@ def test_another_bare_machine_goes_on_from_the_archive_alone(run, tmp_path):
     done, calls = run({}, "--reduced", "--from", archive)
     assert done.returncode == 0 and "gpu correctness --" in calls[0]
     steps = (unpacked(tmp_path / "output") / "done").read_text().splitlines()
-    assert steps[:4] == ["smoke", "environment", "profile", "bench-smoke"]
+    assert steps[:5] == ["smoke", "environment", "profile", "left-out", "bench-smoke"]
 
 
 @pytest.fixture
@@ -172,6 +174,7 @@ def test_the_full_form_takes_the_most_telling_first(run):
     order = [
         "gpu smoke",
         "gpu where_the_time_goes",
+        "gpu left_out",
         "--suite gpu-headline",
         "gpu correctness --",
         "gpu graphs",

@@ -62,6 +62,7 @@ def test_rejection_takes_the_same_tokens_on_both_backends(objective, extra, seed
     ref_logps = hl.linear_token_logps(hidden, weight, labels, backend="torch")
     ref_logps += 0.3 * torch.randn(B, T, device=device)
     perception = hl.BetaRejection(gamma_P=0.3, gamma_R=0.3, seed=seed)
+    extra = {k: torch.as_tensor(v).to(device) for k, v in extra.items()}
     results = []
     for backend in ("torch", "triton"):
         torch.manual_seed(3)  # where the perception has no seed, it takes torch's

@@ -1,5 +1,7 @@
 """The one-launch loss of sequences against the objectives' own torch definitions."""
 
+import math
+
 import pytest
 import torch
 from float_errors import floor
@@ -114,7 +116,7 @@ def test_far_in_the_tails(case, shift, device):
 def test_everything_masked(device):
     logps, ref, mask = draw(device)
     loss, grad, stats = run(hl.DPO(), "triton", logps, ref, torch.zeros_like(mask))
-    assert loss == pytest.approx(torch.tensor(2.0).log().item())
+    assert loss.item() == pytest.approx(math.log(2))
     assert (grad == 0).all() and stats["humanline/active_rows"] == 0
 
 

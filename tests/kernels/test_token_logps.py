@@ -33,6 +33,8 @@ def reference(logits, labels, temperature, g, g_entropy, dtype):
 
 def ours(logits, labels, temperature, g, g_entropy):
     x = logits.detach().requires_grad_()
+    g = g.to(x.device)
+    g_entropy = None if g_entropy is None else g_entropy.to(x.device)
     result = hl.token_logps(
         x, labels, temperature, return_entropy=g_entropy is not None, backend="triton"
     )

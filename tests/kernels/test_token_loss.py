@@ -48,15 +48,16 @@ def batch(device):
 
 def run(objective, backend, logits, labels, ref_logps, upstream=1.0, **extra):
     x = logits.detach().requires_grad_()
+    extra = {k: v.to(x.device) if torch.is_tensor(v) else v for k, v in extra.items()}
     loss, stats = objective.from_logits(x, labels, ref_logps, backend=backend, **extra)
     (grad,) = torch.autograd.grad(loss * upstream, x)
     return loss.detach(), grad, stats
 
 
-def extras(objective):
+def extras(objective, device=None):
     if isinstance(objective, hl.SFT):
         return {}
-    return {"advantages": torch.tensor([1.0, -0.7, 0.4, 2.0])}
+    return {"advantages": torch.tensor([1.0, -0.7, 0.4, 2.0], device=device)}
 
 
 @pytest.fixture
@@ -143,7 +144,9 @@ def test_objectives_without_a_device_function_take_two_launches(batch, launches)
 def test_a_second_backward_is_refused(batch):
     logits, labels, ref_logps = batch
     x = logits.detach().requires_grad_()
-    loss, _ = hl.GRPO().from_logits(x, labels, ref_logps, backend="triton", **extras(hl.GRPO()))
+    loss, _ = hl.GRPO().from_logits(
+        x, labels, ref_logps, backend="triton", **extras(hl.GRPO(), x.device)
+    )
     torch.autograd.grad(loss, x, retain_graph=True)
     with pytest.raises(RuntimeError, match="call from_logits again"):
         torch.autograd.grad(loss, x)
@@ -173,7 +176,7 @@ def test_inplace_gives_the_same_gradient_in_the_logits_buffer(batch, backend, dt
         x = leaf * 1.0
         x.register_hook(lambda grad, x=x: grads.append((grad.clone(), grad.data_ptr())))
         loss, _ = objective.from_logits(
-            x, labels, ref_logps, backend=backend, inplace=inplace, **extras(objective)
+            x, labels, ref_logps, backend=backend, inplace=inplace, **extras(objective, x.device)
         )
         (loss * 0.3).backward()
         assert (grads[-1][1] == x.data_ptr()) == inplace
@@ -188,7 +191,8 @@ def test_inplace_overwrites_what_is_cut_along_t(device, backend, dtype, objectiv
     """The rows around the cut stay as they are, and get no gradient."""
     leaf = torch.randn(B, T + 1, V, device=device, dtype=dtype, requires_grad=True)
     length = len(range(T + 1)[cut])
-    labels = torch.randint(V, (B, length), device=device).index_fill(0, torch.tensor(1), -100)
+    labels = torch.randint(V, (B, length), device=device)
+    labels[1] = -100
     labels[0, :2] = -100
     ref_logps = -torch.rand(B, length, device=device) * 5
     grads = []
@@ -198,7 +202,12 @@ def test_inplace_overwrites_what_is_cut_along_t(device, backend, dtype, objectiv
         kept = whole.detach().clone()
         logits.register_hook(lambda g, x=logits: grads.append(g.data_ptr() == x.data_ptr()))
         loss, _ = objective.from_logits(
-            logits, labels, ref_logps, backend=backend, inplace=inplace, **extras(objective)
+            logits,
+            labels,
+            ref_logps,
+            backend=backend,
+            inplace=inplace,
+            **extras(objective, logits.device),
         )
         (loss * 0.3).backward()
         grads.append(leaf.grad)
@@ -221,7 +230,7 @@ def test_inplace_holds_without_a_device_function(batch, launches):
         x = leaf * 1.0
         x.register_hook(lambda grad, x=x: grads.append((grad.clone(), grad.data_ptr())))
         loss, _ = objective.from_logits(
-            x, *batch[1:], backend="triton", inplace=inplace, **extras(objective)
+            x, *batch[1:], backend="triton", inplace=inplace, **extras(objective, x.device)
         )
         (loss * 0.3).backward()
         assert (grads[-1][1] == x.data_ptr()) == inplace

@@ -26,6 +26,7 @@ def eager(logits, labels, ref_logps, advantages, dtype):
 
 def ours(logits, labels, ref_logps, advantages):
     x = logits.detach().requires_grad_()
+    ref_logps, advantages = ref_logps.to(x.device), advantages.to(x.device)
     loss, _ = OBJECTIVE.from_logits(x, labels, ref_logps, backend="triton", advantages=advantages)
     return loss.detach(), torch.autograd.grad(loss, x)[0]
 

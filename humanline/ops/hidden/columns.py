@@ -6,7 +6,8 @@ is far below the rounding of what is kept. For a tolerance δ > 0 the columns of
 under δ in the Frobenius norm: ``Σ_out e_v ≤ δ² Σ e_v``. The labels' columns always stay, and move
 to the front of the gradient's own memory. Both products then run over the share ρ of columns that
 is left: 2·ρ·F in place of 2F. Where ρ is more than :func:`dense_share`, leaving columns out would
-cost what it saves, and the block is multiplied as it is.
+cost what it saves, and the block is multiplied as it is; on a CPU, where it is more than
+``DENSE_SHARE``. Where that share is so low that hardly any block could be below it, nobody looks.
 
 What is left out, ``D [n, V]``, is nearly of rank 1, for rows agree on what they find improbable:
 ``D ≈ m qᵀ`` with ``m`` the sums of its rows and ``q`` the least-squares fit to them, which is never
@@ -37,11 +38,14 @@ from humanline.ops.hidden.blocks import FLOPS_A_BYTE, FLOPS_A_BYTE_FLOAT32
 #: Where more is kept than this, all is, on a CPU.
 DENSE_SHARE = 0.7
 #: What a GPU moves while columns are chosen in a block, some forty small launches and a read.
-CHOOSING_BYTES = 1e9
+CHOOSING_BYTES = 2e9
+#: Where no more than this may be kept, all is, without a look: looking costs what it might save.
+WORTH_A_LOOK = 0.1
 
 _UNITS = 2.0**60  # of a block's energy: their sum stays an int64
 _TILE_ELEMENTS = 2**22  # on a CPU: of dz and of the weight, gathered at a time
-_GPU_TILE_ELEMENTS = 2**26  # fewer, larger products: each reads and writes its sum
+_GPU_TILE_ELEMENTS = 2**27  # fewer, larger products: each reads and writes its sum
+_GPU_MULTIPLE = 16  # of columns kept: cuBLAS multiplies other numbers of them at half the rate
 _CHUNK_FLOATS = 2**20  # of dz, squared or widened at a time: what a CPU's cache holds
 
 
@@ -77,7 +81,8 @@ class Columns:
 
     def __init__(self, tolerance: float, hidden: Tensor, backend: str = "torch"):
         self.tolerance, self._backend = float(tolerance), backend
-        self._width = hidden.shape[-1]
+        self._width, self._bytes = hidden.shape[-1], hidden.element_size()
+        self._on_cpu = checks.free_to_read(hidden)
         self.share = torch.zeros((), device=hidden.device) if tolerance else None
         self._rows = self._kept = 0
 
@@ -96,16 +101,29 @@ class Columns:
         n, vocab = dz.shape
         if not self.tolerance or n == 0:
             return None
-        weights = unit_weights(dz) if scale is None else row_weights(scale)
-        if energies is None:
-            energies = self._energies(dz, weights)
-        columns = fewest(energies, labels, self.tolerance)
-        if len(columns) > dense_share(dz, self._width) * vocab:
-            columns = None
+        most, columns = self._most(n, vocab), None
+        if self.looks(n, vocab):
+            weights = unit_weights(dz) if scale is None else row_weights(scale)
+            if energies is None:
+                energies = self._energies(dz, weights)
+            multiple = 1 if self._on_cpu else _GPU_MULTIPLE
+            columns = fewest(energies, labels, self.tolerance, multiple)
+            if len(columns) > most * vocab:
+                columns = None
         self._rows += n
         self._kept += n * (vocab if columns is None else len(columns))
         self.share.fill_(self._kept / (self._rows * vocab))
         return None if columns is None else Kept.of(dz, weights, columns, self._backend)
+
+    def looks(self, rows: int, vocab: int) -> bool:
+        """Whether it asks which columns of a block of so many rows matter."""
+        return bool(self.tolerance) and self._most(rows, vocab) > WORTH_A_LOOK
+
+    def _most(self, rows: int, vocab: int) -> float:
+        """The share of columns above which all are kept."""
+        if self._on_cpu:
+            return DENSE_SHARE
+        return dense_share(rows, vocab, self._width, self._bytes)
 
     def _energies(self, dz: Tensor, weights: Tensor) -> Tensor:
         if self._backend == "triton":
@@ -118,20 +136,23 @@ class Columns:
         return total
 
 
-def dense_share(dz: Tensor, width: int) -> float:
-    """The share of columns below which it is worth to leave the others out.
+def dense_share(rows: int, vocab: int, width: int, element_size: int) -> float:
+    """The share of columns below which it is worth to leave the others out, on a GPU.
 
-    A GPU spares two products of 2H FLOPs for each logit left out, and moves, for each logit there
-    is, what the sums and what stays take (read twice, read and written); for each element of the
+    It spares two products of 2H FLOPs for each logit left out, and moves, for each logit there is,
+    what the sums and what stays take (read twice, read and written); for each element of the
     weight, a line of it in n, the sum over its rows and an outer product, and rows gathered and put
     back. An estimate to within a tenth of the share, which costs little where it errs.
+
+    Args:
+        rows: n of the block.
+        width: H.
+        element_size: bytes of an element of the logits' gradient, and of the weight.
     """
-    if checks.free_to_read(dz):
-        return DENSE_SHARE
-    (n, vocab), size = dz.shape, dz.element_size()
-    spared = 4 * width / (FLOPS_A_BYTE if size == 2 else FLOPS_A_BYTE_FLOAT32)
-    always = 3 * size + 2 * size * width / n + CHOOSING_BYTES / (n * vocab)
-    a_kept = size + 6 * size * width / n
+    flops_a_byte = FLOPS_A_BYTE if element_size == 2 else FLOPS_A_BYTE_FLOAT32
+    spared = 4 * width / flops_a_byte
+    always = 3 * element_size + 2 * element_size * width / rows + CHOOSING_BYTES / (rows * vocab)
+    a_kept = element_size + 6 * element_size * width / rows
     return (spared - always) / (spared + a_kept)
 
 
@@ -147,9 +168,10 @@ def unit_weights(dz: Tensor) -> Tensor:
     return torch.where(squared > torch.finfo(dtype).tiny, squared.reciprocal(), 0)
 
 
-def fewest(energies: Tensor, labels: Tensor, tolerance: float) -> Tensor:
+def fewest(energies: Tensor, labels: Tensor, tolerance: float, multiple: int = 1) -> Tensor:
     """The fewest columns ``[K]``, in order and with the labels' among them, without which no more
-    than ``tolerance²`` of the energy ``[V]`` is lost; all if that is 0 or not finite. Reads K.
+    than ``tolerance²`` of the energy ``[V]`` is lost, and as many more as make K a multiple; all if
+    that energy is 0 or not finite. Reads K.
 
     Energies are rounded up to whole numbers of ``2^-60`` of their sum, so that sums of them, and
     what is chosen, do not depend on an order of addition.
@@ -163,6 +185,9 @@ def fewest(energies: Tensor, labels: Tensor, tolerance: float) -> Tensor:
     order = key.argsort(stable=True)
     left_out = units[order].cumsum(0) <= int(tolerance**2 * _UNITS)
     left_out &= (key[order] != last[0]) & known
+    count = left_out.sum()  # the first ones: key and sum grow
+    count -= (count - len(units)) % multiple
+    left_out = torch.arange(len(units), device=count.device) < count
     kept = torch.empty_like(left_out).scatter_(0, order, ~left_out)
     return kept.nonzero().squeeze(1)
 
@@ -224,6 +249,7 @@ class Kept:
     def add_weight_gradient_(self, total: Tensor, dz: Tensor, scale: Tensor, h: Tensor) -> Tensor:
         """``total [V, H] += dzᵀ @ (scale·h)`` of the columns ``dz [n, K]`` alone, in float32 or
         float64; returns ``total``."""
+        scale, h = gemms.scaled_once(scale, h)
         for place, tile in self._tiles(len(dz), h.shape[1]):
             product = gemms.weight_gradient(dz[:, place], scale, h)
             _put_rows_(total, tile, product, self.backend, add=True)
@@ -234,6 +260,7 @@ class Kept:
         the dtype of ``h``, rounded once."""
         dw = h.new_empty(len(self.fit), h.shape[1])
         self._outer_(dw, *self.left_out(scale, h))
+        scale, h = gemms.scaled_once(scale, h)
         for place, tile in self._tiles(len(dz), h.shape[1]):
             product = gemms.rounded_weight_gradient(dz[:, place], scale, h)
             _put_rows_(dw, tile, product, self.backend)

@@ -126,7 +126,7 @@ def write_hidden_gradient_(
 
 def weight_gradient(
     dz: Tensor,
-    scale: Tensor,
+    scale: Tensor | None,
     h: Tensor,
     total: Tensor | None = None,
     count: Tensor | None = None,
@@ -136,7 +136,7 @@ def weight_gradient(
     The row scale goes to ``h``, so that ``dz`` stays within [-1, 1], where half precision is best.
 
     Args:
-        dz: ``[n, V]``; scale: ``[n]``; h: ``[n, H]``.
+        dz: ``[n, V]``; scale: ``[n]``, or None after :func:`scaled_once`; h: ``[n, H]``.
         total: ``[V, H]`` in float32 or float64, to add to, in place; None for 0.
         count: the sum is over the first ``count`` rows if that is given, on the device.
     """
@@ -169,7 +169,7 @@ def weight_gradient(
 
 
 def rounded_weight_gradient(
-    dz: Tensor, scale: Tensor, h: Tensor, kept: "Kept | None" = None
+    dz: Tensor, scale: Tensor | None, h: Tensor, kept: "Kept | None" = None
 ) -> Tensor:
     """The same in the dtype of ``h``, rounded once, without a float32 matrix of the weight's size
     where the GEMM can do so; ``kept`` as in :func:`hidden_gradient`."""
@@ -186,8 +186,18 @@ def rounded_weight_gradient(
     return dw
 
 
-def _scaled(h: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+def scaled_once(scale: Tensor, h: Tensor) -> tuple[Tensor | None, Tensor]:
+    """``scale`` and ``h`` for products with one part of the vocabulary after another: multiplied
+    here if each of them would."""
+    if _on_tensor_cores(h) and h.dtype == torch.bfloat16:
+        return None, _scaled(h, scale, h.dtype)
+    return scale, h
+
+
+def _scaled(h: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
     """``scale·h``, multiplied in float32 at least and rounded once."""
+    if scale is None:
+        return h
     return torch.mul(h, scale[:, None], out=torch.empty_like(h, dtype=dtype))
 
 

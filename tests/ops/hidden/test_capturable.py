@@ -37,12 +37,13 @@ class Batch:
     """Seven rows masked, half of the rest clipped."""
 
     def __init__(self, device, dtype=torch.float32):
-        self.hidden = torch.randn(B, T, H, device=device).to(dtype)
-        self.weight = (torch.randn(V, H, device=device) * 3 / H).to(dtype)
-        self.bias = torch.randn(V, device=device).to(dtype)
-        self.labels = torch.randint(0, V, (B, T), device=device)
+        # Drawn on a CPU: whether a row is clipped is to be the same everywhere.
+        self.hidden = torch.randn(B, T, H).to(device, dtype)
+        self.weight = (torch.randn(V, H) * 3 / H).to(device, dtype)
+        self.bias = torch.randn(V).to(device, dtype)
+        self.labels = torch.randint(0, V, (B, T)).to(device)
         self.labels[1, 3:] = -100
-        self.temperature = torch.rand(B, T, device=device) + 0.6
+        self.temperature = torch.rand(B, T).to(device) + 0.6
 
     def options(self, every: bool):
         if not every:
@@ -51,7 +52,7 @@ class Batch:
 
     def reference(self, options):
         logps = hl.linear_token_logps(self.hidden, self.weight, self.labels, **options)
-        far = 5.0 * (torch.rand(B, T, device=self.labels.device) < 0.5)
+        far = 5.0 * (torch.rand(B, T) < 0.5).to(self.labels.device)
         return logps.detach() + far
 
 

@@ -52,6 +52,27 @@ def test_the_fewest_columns_within_the_tolerance_are_kept(tolerance):
     assert kept.tolist() == sorted(kept.tolist())
 
 
+def test_a_few_more_make_their_number_a_multiple():
+    energies, labels = torch.arange(100.0), torch.tensor([0])
+    least = fewest(energies, labels, 0.5)
+    rounded = fewest(energies, labels, 0.5, multiple=16)
+    assert len(least) % 16 and len(rounded) == 16 * math.ceil(len(least) / 16)
+    assert rounded.tolist() == [0, *range(101 - len(rounded), 100)]
+    assert len(fewest(energies, torch.arange(99), 1e-9, multiple=16)) == 100  # and no more
+
+
+def test_where_next_to_nothing_could_pay_nobody_looks(monkeypatch):
+    monkeypatch.setattr(humanline.ops.hidden.columns, "DENSE_SHARE", 0.09)
+    monkeypatch.setattr(humanline.ops.hidden.columns, "dense_share", lambda *_: 0.09)
+    monkeypatch.delattr(humanline.ops.hidden.columns, "fewest")
+    hidden, weight, labels = sharp()
+    stats = {}
+    loose = gradients(grpo_loss(labels, signed(N), stats, gradient_tolerance=1e-2), hidden, weight)
+    exact = gradients(grpo_loss(labels, signed(N)), hidden, weight)
+    assert stats["humanline/kept_columns"] == 1
+    assert all(torch.equal(a, b) for a, b in zip(loose, exact, strict=True))
+
+
 def test_ties_go_by_index():
     energies, labels = torch.ones(10), torch.tensor([0])
     assert fewest(energies, labels, math.sqrt(0.35)).tolist() == [0, 4, 5, 6, 7, 8, 9]

@@ -32,18 +32,19 @@ class Batch:
 
     def __init__(self, active, device, dtype=torch.float32, width=H, masked=0):
         shape = N // 2, 2
-        self.hidden = torch.randn(*shape, width, device=device).to(dtype)
-        self.weight = (torch.randn(V, width, device=device) * 3 / width).to(dtype)
-        self.bias = torch.randn(V, device=device).to(dtype)
-        self.labels = torch.randint(0, V, shape, device=device)
+        # Drawn on a CPU: whether a row is clipped is to be the same everywhere.
+        self.hidden = torch.randn(*shape, width).to(device, dtype)
+        self.weight = (torch.randn(V, width) * 3 / width).to(device, dtype)
+        self.bias = torch.randn(V).to(device, dtype)
+        self.labels = torch.randint(0, V, shape).to(device)
         logps = hl.linear_token_logps(
             self.hidden, self.weight, self.labels, self.bias, backend="torch"
         )
-        self.labels.view(-1)[torch.randperm(N, device=device)[:masked]] = -100
-        far = torch.rand(N, device=device).argsort().argsort().view(shape) >= active
-        self.ref_logps = logps + 5.0 * far
-        advantages = {"advantages": torch.randn(N // 2, device=device)}
-        desirable = torch.rand(N // 2, device=device) < 0.5
+        self.labels.view(-1)[torch.randperm(N)[:masked]] = -100
+        far = torch.rand(N).argsort().argsort().view(shape) >= active
+        self.ref_logps = logps + 5.0 * far.to(device)
+        advantages = {"advantages": torch.randn(N // 2).to(device)}
+        desirable = (torch.rand(N // 2) < 0.5).to(device)
         self.objectives = {
             "grpo": (hl.GRPO(perception=CLIP), advantages),
             "entropy": (hl.GRPO(perception=CLIP, entropy_coef=0.1, beta=0.1), advantages),
