@@ -231,8 +231,9 @@ def humanline_linear_logps(
     tl.store(sum_ptr + out, s, inside)
     if ENTROPY:
         tl.store(t_ptr + out, t, inside)
-    # A label that is none is nowhere picked: the last chunk answers for it.
-    none = (label >= V) & (last == V)
+    # A label that is none is nowhere picked: the last chunk answers for it. (Numbers are compared:
+    # a scalar's truth, spread over rows, is no mask in the interpreter of Triton 3.9.)
+    none = label >= tl.where(last == V, V, 0x7FFFFFFF)
     picked = tl.where(none, float("nan"), picked)
     tl.store(picked_ptr + position, picked, ((label >= first) & (label < last)) | none)
 

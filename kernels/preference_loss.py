@@ -89,7 +89,9 @@ def pair_loss(w, l, beta, p, q, KIND: tl.constexpr):
     elif KIND == "apo_down":
         a = beta * w
         slope = beta * sigmoid_slope(x)
-        return tl.sigmoid(a) + tl.sigmoid(-x), beta * sigmoid_slope(a) - slope, slope
+        # 0 where l is, though a product and a sum may be rounded together.
+        of_w = tl.where(a == x, 0.0, beta * sigmoid_slope(a) - slope)
+        return tl.sigmoid(a) + tl.sigmoid(-x), of_w, slope
     elif KIND == "discopop":
         m = tl.sigmoid(x / p)
         e = tl.exp(log_sigmoid(x / p) - x)

@@ -222,7 +222,7 @@ def compile_variant(name: str, target: str, vocab: int, dtype: str, aligned: boo
     config = row_config(vocab, TORCH_DTYPES["fp32" if ours else dtype], aligned or ours, read)
     if "LANES" not in function.arg_names:
         config = dict(sys.modules[function.__module__].LAUNCH)
-    warps, fused = config.pop("num_warps"), config.pop("enable_fp_fusion", True)
+    warps = config.pop("num_warps")
     if TARGETS[target].backend == "hip":
         warps //= 2
     defaults = {"TEMPERATURE_PER_ROW": False, **config}
@@ -231,8 +231,7 @@ def compile_variant(name: str, target: str, vocab: int, dtype: str, aligned: boo
     constants = {**{k: v for k, v in defaults.items() if k in function.arg_names}, **constants}
     types = {a: _type(a, dtype) for a in function.arg_names}
     odd = () if aligned else ("V",) if ours else INTEGERS
-    options = {"num_warps": warps, "enable_fp_fusion": fused}
-    report = _compile(name, target, function, constants, types, odd, ours, **options)
+    report = _compile(name, target, function, constants, types, odd, ours, num_warps=warps)
     if "LANES" not in function.arg_names:
         return replace(report, loops=())
     return with_bounds(report, dtype, 32 * warps, 4 if ours else TORCH_DTYPES[dtype].itemsize)
