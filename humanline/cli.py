@@ -119,7 +119,8 @@ def _train(options: dict[str, Any], argv: list[str]) -> int:
             raise UserError(f"--calibrate writes nothing: {', '.join(idle)} has no effect")
         from humanline.training.calibrate import calibrate
 
-        calibrate(options, steps)
+        with _quiet():
+            calibrate(options, steps)
         return 0
     if output_dir == "":
         raise UserError("--output-dir must name a folder, got ''")

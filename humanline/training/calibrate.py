@@ -96,7 +96,7 @@ def _log_ratios(config: TrainConfig) -> Iterator[torch.Tensor]:
     dataset, questions, _ = read_data(config)
     folder = model_folder(config)
     tokenizer = load_tokenizer(folder)
-    groups, _ = prepare_data(dataset, questions, tokenizer, config)
+    groups = prepare_data(dataset, questions, tokenizer, config).groups
     torch.manual_seed(config.seed)
     policy = load_model(folder, config, device)
     check_fits(policy, tokenizer, config)
@@ -110,7 +110,7 @@ def _log_ratios(config: TrainConfig) -> Iterator[torch.Tensor]:
         [moved(batch, device) for batch in batches]
         for batches in examples.optimizer_steps(groups, config, pad)
     )
-    with report.progress(0, config.max_steps) as bar:
+    with report.counting(config.max_steps, "calibrating", unit="step") as bar:
         for step, (batches, of_reference) in enumerate(reference.steps(on_device)):
             for batch, scored in zip(batches, of_reference, strict=True):
                 if step:

@@ -36,12 +36,13 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 OBJECTIVES = tuple(DEFAULTS)
 PERCEPTIONS = ("clip", "none", "rejection")
 REFERENCES = ("lookahead", "copy", "adapter")
+SAVE_OPTIMIZER = ("always", "never")
 DTYPES = ("float32", "bfloat16", "float16")
 
 #: Options that may change when a run is resumed: the steps already taken do not depend on them.
 FREE = (
     *("max_steps", "save_steps", "max_new_tokens", "per_device_eval_batch_size"),
-    "ddp_timeout",
+    *("save_optimizer", "ddp_timeout"),
 )
 
 
@@ -140,12 +141,19 @@ class TrainConfig:
     )
 
     save_steps: int = _option(20, int, "steps between checkpoints to resume from; 0: none")
+    save_optimizer: str = _option(
+        "always",
+        str,
+        "whether checkpoints hold Adam's moments, two thirds of their bytes; never: a resumed run "
+        "begins with new ones, and ends with other numbers",
+        SAVE_OPTIMIZER,
+    )
     eval_limit: int | None = _option(None, int, "measure on this many held-out rows at most")
     per_device_eval_batch_size: int = _option(32, int, "prompts generated from at once")
     max_new_tokens: int = _option(32, int, "longest answer generated")
 
     def __post_init__(self):
-        for name in ("objective", "perception", "dtype"):
+        for name in ("objective", "perception", "dtype", "save_optimizer"):
             choices = self.option(name).metadata["choices"]
             _require(getattr(self, name) in choices, self, name, f"one of {', '.join(choices)}")
         for name, value in DEFAULTS[self.objective].items():

@@ -2,14 +2,14 @@
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from itertools import chain
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from humanline.training import score
+from humanline.training import report, score
 from humanline.training.config import TrainConfig
 from humanline.training.data import Question
 from humanline.training.examples import Tokenizer, Tokens, make_batch
@@ -19,6 +19,9 @@ from humanline.training.ranks import ALONE, Ranks, Root
 #: Of a model, what it is worth: a JSON object. ``before`` is what the untrained model got.
 Measure = Callable[[Root, dict[str, Any] | None], dict[str, Any]]
 T = TypeVar("T")
+
+SAMPLES = 2  # answers that are shown, before and after
+WATCHED = 8  # pairs that are scored again and again while the model trains
 
 
 def answers(
@@ -35,9 +38,20 @@ def answers(
 
         texts = generate(root, tokenizer, prompts, config, ranks)
         correct = [is_correct(t, q.answer) for t, q in zip(texts, questions, strict=True)]
-        return {"measured": "greedy answers", **proportion(sum(correct), len(correct))}
+        samples = [
+            {"prompt": _asked(q), "answer": q.answer, "text": text}
+            for q, text in list(zip(questions, texts, strict=True))[:SAMPLES]
+        ]
+        counted = proportion(sum(correct), len(correct))
+        return {"measured": "greedy answers", **counted, "samples": samples}
 
     return measure
+
+
+def _asked(question: Question) -> str:
+    """What was asked last, as text."""
+    prompt = question.prompt
+    return prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
 
 
 @torch.no_grad()
@@ -86,23 +100,25 @@ def _greedy(
 def _over(
     batches: list[Any],
     work: Callable[[Any], T],
-    what: str,
+    what: str | None,
     root: Root,
     config: TrainConfig,
     ranks: Ranks,
 ) -> list[T]:
     """``work(batch)`` of each batch, the model in eval mode. Each rank does some of them; all of
-    them where the model is split, whose forward waits for all ranks."""
+    them where the model is split, whose forward waits for all ranks. ``what`` names the progress
+    bar; None: there is none."""
     own = slice(None) if config.fsdp else slice(ranks.rank, None, ranks.count)
     done: dict[int, T] = {}
     total, training = sum(map(len, batches)), root.training
     root.eval()
-    with tqdm(total=total, desc=what, leave=False, disable=not ranks.first) as bar:
+    with report.counting(total, what, leave=False) if what else nullcontext() as bar:
         for i in range(len(batches))[own]:
             done[i] = work(batches[i])
-            bar.update(min(len(batches[i]) * (own.step or 1), total - bar.n))
+            if bar is not None:
+                bar.update(min(len(batches[i]) * (own.step or 1), total - bar.n))
     root.train(training)
-    for part in ranks.gather(what, done):
+    for part in ranks.gather(what or "scoring pairs", done):
         done |= part
     return [done[i] for i in range(len(batches))]
 
@@ -124,7 +140,8 @@ def preferences(
     its implicit reward ``β·log(π/π_before)`` is the higher one, and by how much."""
 
     def measure(root: Root, before: dict[str, Any] | None = None) -> dict[str, Any]:
-        chosen, rejected = _pair_logps(root, pairs, pad, config, ranks)
+        what = "scoring held-out pairs"
+        chosen, rejected = _pair_logps(root, pairs, pad, config, ranks, what)
         likelier = sum(c > r for c, r in zip(chosen, rejected, strict=True))
         result = {
             "measured": "preferences by log-prob",
@@ -148,7 +165,12 @@ def preferences(
 
 
 def _pair_logps(
-    root: Root, pairs: list[tuple[Tokens, Tokens]], pad: int, config: TrainConfig, ranks: Ranks
+    root: Root,
+    pairs: list[tuple[Tokens, Tokens]],
+    pad: int,
+    config: TrainConfig,
+    ranks: Ranks,
+    what: str | None = None,
 ) -> tuple[list[float], list[float]]:
     """Log-probs of the better and of the worse completions."""
     sequences, size = [s for pair in pairs for s in pair], config.per_device_eval_batch_size
@@ -158,9 +180,50 @@ def _pair_logps(
         on_device = moved(make_batch(batch, pad), device_of(root))
         return root(score.sequence_logps, on_device, config.bf16).tolist()
 
-    found = _over(batches, logps, "scoring held-out pairs", root, config, ranks)
+    found = _over(batches, logps, what, root, config, ranks)
     flat = list(chain.from_iterable(found))
     return flat[::2], flat[1::2]
+
+
+class SinceStart:
+    """How much more a few pairs are preferred than by the model that training began with: by
+    ``log(π/π_0)`` of the better completion less that of the worse one.
+
+    Args:
+        pairs: the first few are taken.
+        of: what they are pairs of, in a word.
+        pad, config, ranks: of the run.
+    """
+
+    def __init__(
+        self,
+        pairs: list[tuple[Tokens, Tokens]],
+        of: str,
+        pad: int,
+        config: TrainConfig,
+        ranks: Ranks = ALONE,
+    ):
+        self.pairs, self.of = pairs[:WATCHED], of
+        self.how = pad, config, ranks
+
+    def start(self, root: Root) -> dict[str, Any]:
+        """Before the first step: what later scores are held against."""
+        return {"of": self.of, "logps": _pair_logps(root, self.pairs, *self.how)}
+
+    def now(self, root: Root, start: dict[str, Any]) -> dict[str, float]:
+        """The mean over pairs, in nats, and the share of pairs where it is positive."""
+        new, old = _pair_logps(root, self.pairs, *self.how), start["logps"]
+        margins = [(c - c0) - (r - r0) for c, r, c0, r0 in zip(*new, *old, strict=True)]
+        return {
+            "since_start/margins": sum(margins) / len(margins),
+            "since_start/accuracies": sum(m > 0 for m in margins) / len(margins),
+        }
+
+
+def is_due(done: int) -> bool:
+    """Whether to look after so many steps: after 1, 2, 3, 4, 6, 8, 11, 16, …, ever more rarely, so
+    that it costs next to nothing in a long run, and the same steps in one that is made longer."""
+    return done == round(2 ** (round(2 * math.log2(done)) / 2))
 
 
 def proportion(successes: int, n: int) -> dict[str, Any]:

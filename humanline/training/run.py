@@ -10,23 +10,37 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
 import humanline as hl
 from humanline.idle import IdleBounds
 from humanline.reference import REFERENCES, Reference
 from humanline.sharding import is_dtensor
-from humanline.training import checkpoint, data, effects, evaluate, examples, report, score, state
+from humanline.training import (
+    checkpoint,
+    curves,
+    data,
+    effects,
+    evaluate,
+    examples,
+    header,
+    report,
+    score,
+    state,
+)
 from humanline.training.config import TrainConfig, flag, resumed
 from humanline.training.errors import UserError
 from humanline.training.launch import is_first, other_engine
 from humanline.training.model import (
     check_fits,
     device_of,
+    folder_dtype,
     load_model,
     load_tokenizer,
     model_folder,
@@ -35,6 +49,7 @@ from humanline.training.model import (
 from humanline.training.ranks import ALONE, Ranks, Root, joined, no_sync, shard, whole_weights
 
 CONFIG, BEFORE, MODEL, ADAPTER = "config.json", "before.json", "model", "adapter"
+TIMED = 3  # the first step is slower; the third says how long the others take
 
 
 class Interrupted(Exception):
@@ -101,23 +116,28 @@ def _train(
     def load():
         folder = model_folder(config)
         tokenizer = load_tokenizer(folder)
-        groups, measure = prepare_data(dataset, questions, tokenizer, config, ranks)
+        work = prepare_data(dataset, questions, tokenizer, config, ranks)
         torch.manual_seed(config.seed)
         policy = load_model(folder, config, torch.device("cpu") if config.fsdp else device)
         check_fits(policy, tokenizer, config)
-        return folder, tokenizer, groups, measure, policy
+        return folder, tokenizer, work, policy
 
-    folder, tokenizer, groups, measure, policy = ranks.together("loading the model", load)
+    folder, tokenizer, work, policy = ranks.together("loading the model", load)
+    if ranks.first:
+        units = sum(map(len, work.groups))
+        said = header.lines(config, output, folder, policy, device, units, work.measured, ranks)
+        print(*said, sep="\n", flush=True)
     root, second = _on_device(policy, config, device)
     # Whatever could fail before, did.
     ranks.by_the_first(
         "making the folder", lambda: _start(output, config, hashes, resume, overwrite, ranks)
     )
-    before = _measure_before(output, measure, root, ranks)
-    pad = tokenizer.tokenizer.pad_token_id
-    metrics = _loop(config, output, root, second, groups, pad, ranks)
+    before, seconds = _measure_before(output, work, root, ranks)
+    metrics = _loop(config, output, root, second, work, before, seconds, ranks)
     policy.zero_grad(set_to_none=True)
-    after = None if measure is None else measure(root, before)
+    kept = _round(policy, folder, config)
+    after = _measure_after(work, root, before)
+    policy.to(kept)
     weights = whole_weights(policy)
     return ranks.by_the_first(
         "writing the model",
@@ -205,6 +225,12 @@ def _warning(text: str) -> None:
 def _say(text: str) -> None:
     if is_first():
         print(f"humanline: {text}", file=sys.stderr)
+
+
+def _aside(bar: tqdm, text: str) -> None:
+    """Said above a bar; which is drawn again, wherever it goes."""
+    with bar.external_write_mode(sys.stderr):
+        _say(text)
 
 
 def _stored(output: Path) -> dict[str, Any] | None:
@@ -315,48 +341,107 @@ def read_data(config: TrainConfig):
     return dataset, questions, {n: data.fingerprint(p) for n, p in files.items() if p is not None}
 
 
-def prepare_data(dataset, questions, tokenizer, config, ranks=ALONE):
-    """Units to train on, and how to measure (None: not at all)."""
+@dataclass(frozen=True)
+class Work:
+    """What there is to do.
+
+    Attributes:
+        groups: units to train on.
+        pad: the token that fills batches up.
+        measure: how to measure the model; None: not at all.
+        measured: what is measured, in words.
+        since_start: pairs to watch while it trains; None: there are none.
+    """
+
+    groups: list[list[examples.Unit]]
+    pad: int
+    measure: evaluate.Measure | None = None
+    measured: str | None = None
+    since_start: evaluate.SinceStart | None = None
+
+
+def prepare_data(dataset, questions, tokenizer, config, ranks=ALONE) -> Work:
     pad = tokenizer.tokenizer.pad_token_id
     rows = len(dataset.examples) + len(dataset.skipped)
-    measure = None
+    measure, measured, heldout_pairs = None, None, []
     if config.eval_limit == 0:
         pass
     elif questions is not None:
-        measure = evaluate.answers(questions[: config.eval_limit], tokenizer, config, ranks)
+        questions = questions[: config.eval_limit]
+        measure = evaluate.answers(questions, tokenizer, config, ranks)
+        measured = f"{len(questions)} questions"
     elif config.heldout_fraction > 0:
         kept, heldout = examples.split(dataset, config.heldout_fraction, config.seed)
-        pairs = examples.heldout_pairs(heldout, tokenizer, config)[: config.eval_limit]
-        if pairs:
-            dataset, measure = kept, evaluate.preferences(pairs, pad, config, ranks)
+        heldout_pairs = examples.heldout_pairs(heldout, tokenizer, config)[: config.eval_limit]
+        if heldout_pairs:
+            dataset, measure = kept, evaluate.preferences(heldout_pairs, pad, config, ranks)
+            measured = f"{len(heldout_pairs)} pairs"
         else:
-            _say("there are too few data to hold any pair out")
+            _say("There are too few data to hold any pair out.")
     groups, warnings = examples.make_units(dataset, tokenizer, config)
     left_out = examples.check_skipped(dataset.skipped, rows, config)
     for warning in [*([left_out] if left_out else []), *warnings]:
         _warning(warning)
     if config.objective == "kto" and len({u.value for group in groups for u in group}) == 1:
-        _warning("all labels are the same: nothing to contrast")
-    return groups, measure
+        _warning("all labels are the same: there is nothing to contrast")
+    pairs = heldout_pairs or examples.contrasts(groups)
+    of = "held-out" if heldout_pairs else "training"
+    watched = evaluate.SinceStart(pairs, of, pad, config, ranks) if measure and pairs else None
+    return Work(groups, pad, measure, measured, watched)
 
 
 def _measure_before(
-    output: Path, measure: evaluate.Measure | None, root: Root, ranks: Ranks
-) -> dict[str, Any] | None:
-    path = output / BEFORE
-    if measure is None:
-        return None
+    output: Path, work: Work, root: Root, ranks: Ranks
+) -> tuple[dict[str, Any] | None, float]:
+    """What the model is worth, measured now or when the run began; and how long it took now."""
+    path, begun, seconds = output / BEFORE, time.perf_counter(), 0.0
+    if work.measure is None:
+        return None, 0.0
     if not ranks.gather("looking for what was measured", path.exists())[0]:
-        before = measure(root, None)
-        ranks.by_the_first("writing it", lambda: report.write_json(path, before))
+        before = work.measure(root, None)
+        if work.since_start:
+            before["since_start"] = work.since_start.start(root)
+        seconds = time.perf_counter() - begun
+        ranks.by_the_first("writing what was measured", lambda: report.write_json(path, before))
 
     def read():
         before = report.read_json(path)
         if before is None or not {"measured", "accuracy"} <= before.keys():
             raise UserError(f"{path} is not what a run writes; remove it to measure again")
+        _say(f"Before training: {report.share(before)} ({before['measured']}, n = {before['n']}).")
         return before
 
-    return ranks.gather("reading it", ranks.by_the_first("reading it", read))[0]
+    what = "reading what was measured"
+    return ranks.gather(what, ranks.by_the_first(what, read))[0], seconds
+
+
+def _measure_after(work: Work, root: Root, before: dict[str, Any] | None) -> dict[str, Any] | None:
+    if work.measure is None:
+        return None
+    after = work.measure(root, before)
+    start = (before or {}).get("since_start")
+    if work.since_start and start:
+        found, pairs = work.since_start.now(root, start), len(work.since_start.pairs)
+        after["since_start"] = {
+            "pairs": pairs,
+            "of": start["of"],
+            "preferred": round(found["since_start/accuracies"] * pairs),
+            "margin": found["since_start/margins"],
+        }
+    return after
+
+
+def _round(policy: nn.Module, folder: Path, config: TrainConfig) -> torch.dtype:
+    """Round the weights to the dtype they are saved in, so that it is that model which is measured:
+    that of the model's folder where it is narrower than the one that was trained in."""
+    trained = getattr(torch, config.dtype)
+    kept = folder_dtype(folder)
+    if config.lora or kept is None or kept.itemsize >= trained.itemsize:
+        return trained
+    with torch.no_grad():
+        for p in policy.parameters():
+            p.copy_(p.to(kept))
+    return kept
 
 
 # The loop
@@ -367,11 +452,15 @@ def _loop(
     output: Path,
     root: Root,
     second: Root | None,
-    groups: list[list[examples.Unit]],
-    pad: int,
+    work: Work,
+    before: dict[str, Any] | None,
+    measuring: float,
     ranks: Ranks,
 ) -> list[dict[str, Any]]:
-    """Train from the last checkpoint, or from the start; the metrics of all steps."""
+    """Train from the last checkpoint, or from the start; the metrics of all steps.
+
+    ``before`` was measured in so many seconds, ``measuring``; 0: it was there.
+    """
     device = device_of(root)
     torch.manual_seed(config.seed + ranks.rank)  # whatever was measured before, or not
     objective = score.make_objective(config)
@@ -382,6 +471,8 @@ def _loop(
     stored = ranks.together(
         "loading the checkpoint", lambda: checkpoint.load_latest(output, device, ranks.rank)
     )
+    if stored and "optimizer" not in stored:
+        _warning("the checkpoint was made with --save-optimizer never: Adam's moments begin anew")
     first = state.put_back(stored, root.model, optimizer, reference)
     path = output / report.METRICS if ranks.first else None
     metrics = ranks.together("opening the metrics", lambda: report.Metrics(path, first))
@@ -391,14 +482,17 @@ def _loop(
 
     def save(done: int) -> None:
         metrics.flush()
-        taken = state.taken(done, root.model, optimizer, reference, ranks)
+        kept = optimizer if config.save_optimizer == "always" else None
+        taken = state.taken(done, root.model, kept, reference, ranks)
         checkpoint.save(output, done, taken, ranks)
 
     on_device = (
         [moved(batch, device) for batch in batches]
-        for batches in examples.optimizer_steps(groups, config, pad, first, ranks)
+        for batches in examples.optimizer_steps(work.groups, config, work.pad, first, ranks)
     )
-    with stop_requests() as stop, report.progress(first, config.max_steps) as bar:
+    start = (before or {}).get("since_start")
+    progress = report.counting(config.max_steps, "training", first, "step")
+    with stop_requests() as stop, progress as bar:
         begun = time.perf_counter()
         for step, (batches, scores) in enumerate(reference.steps(on_device), first):
             row, tokens = _gradients(loss, batches, scores, step, ranks)
@@ -417,17 +511,20 @@ def _loop(
                 "peak_memory_bytes": report.peak_memory_bytes(device),
                 "reference_bytes": reference.memory_bytes(),
             }
+            done = step + 1
+            if work.since_start and start and evaluate.is_due(done):
+                row |= work.since_start.now(root, start)
             metrics.write({"step": step, **row, "timing": timing})
             report.show(bar, metrics.rows[-1])
+            left = config.max_steps - done
             if found := _watch(idle, row):
-                with bar.external_write_mode(sys.stderr):
-                    _warning(found)
-            done = step + 1
-            last = done == config.max_steps
+                _aside(bar, f"warning: {found}")
+            if left and done == first + TIMED:
+                _aside(bar, report.time_left(left, timing["seconds"], measuring))
             stopping = any(ranks.gather(f"the end of step {step}", stop()))
-            if last or stopping or (config.save_steps and done % config.save_steps == 0):
+            if not left or stopping or (config.save_steps and done % config.save_steps == 0):
                 save(done)
-            if stopping and not last:
+            if stopping and left:
                 raise Interrupted(
                     f"stopped and saved after {done} of {config.max_steps} steps; go on with: "
                     f"humanline train --output-dir {shlex.quote(str(output))} --resume"
@@ -523,7 +620,7 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
             raise KeyboardInterrupt
         asked.append(number)
         if is_first():
-            print("\nhumanline: finishing this step, then saving", file=sys.stderr)
+            print("\nhumanline: This step is finished, then the run is saved.", file=sys.stderr)
 
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
@@ -545,10 +642,7 @@ def _finish(
     with checkpoint.atomic_folder(final) as partial_folder:
         policy.save_pretrained(partial_folder, state_dict=weights)
         tokenizer.tokenizer.save_pretrained(partial_folder)
-    title = f"{config.objective}, perception {config.perception}, sync every {config.sync_every}"
-    if after is not None:
-        title += f"; {before['measured']}: {before['accuracy']:.1%} → {after['accuracy']:.1%}"
-    report.draw_curves(output / report.CURVES, metrics, title)
+    curves.draw(output / report.CURVES, config, metrics, before, after)
     summary = {
         "before": _without_logps(before),
         "after": _without_logps(after),
@@ -565,13 +659,21 @@ def _finish(
     checkpoint.remove_all(output)
     print(report.describe(before, after))
     print(
-        f"memory: {report.size(summary['peak_memory_bytes'])} at its peak; the reference "
-        f"({config.reference}) held {report.size(summary['reference_bytes'])}"
+        f"Memory was {report.size(summary['peak_memory_bytes'])} at its peak, of which the "
+        f"reference ({config.reference}) held {report.size(summary['reference_bytes'])}."
     )
-    print(f"{final}: the trained {'adapter' if config.lora else 'model'}")
-    print(f"{output}: {report.METRICS}, {report.CURVES}, {report.SUMMARY}")
+    dtype = str(next(policy.parameters()).dtype).removeprefix("torch.")
+    print(f"The trained {'adapter' if config.lora else 'model'}, in {dtype}, is in {final}.")
+    print(f"{report.METRICS}, {report.CURVES} and {report.SUMMARY} are in {output}.")
     return summary
 
 
 def _without_logps(result: dict[str, Any] | None) -> dict[str, Any] | None:
-    return result and {name: value for name, value in result.items() if name != "logps"}
+    """Those of single pairs have their place in before.json."""
+    if result is None:
+        return None
+    return {
+        name: value
+        for name, value in result.items()
+        if name != "logps" and not (isinstance(value, dict) and "logps" in value)
+    }

@@ -14,19 +14,25 @@ from torch.utils._pytree import tree_map_only
 
 from humanline.reference import Reference, ReferenceLookahead
 from humanline.sharding import is_dtensor, is_sharded, local_shard
+from humanline.training.config import TrainConfig
 from humanline.training.ranks import Ranks
 
 
 def taken(
-    step: int, policy: nn.Module, optimizer: Optimizer, reference: Reference, ranks: Ranks
+    step: int,
+    policy: nn.Module,
+    optimizer: Optimizer | None,
+    reference: Reference,
+    ranks: Ranks,
 ) -> dict[str, Any]:
-    """What this rank writes after ``step`` steps."""
-    shared = {
+    """What this rank writes after ``step`` steps; None: an optimizer that is not kept."""
+    shared: dict[str, Any] = {
         "step": step,
         "policy": _changing(policy),
-        "optimizer": optimizer.state_dict(),
         "reference": reference.state_dict(),
     }
+    if optimizer is not None:
+        shared["optimizer"] = optimizer.state_dict()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     own: dict[str, Any] = {"rng": {"cpu": torch.get_rng_state(), "cuda": cuda}}
     if is_sharded(policy):
@@ -45,12 +51,21 @@ def put_back(
     with torch.no_grad():
         for name, tensor in _changing(policy).items():
             local_shard(tensor).copy_(state["policy"][name])
-    optimizer.load_state_dict(_sharded(state["optimizer"], optimizer))
+    if "optimizer" in state:
+        optimizer.load_state_dict(_sharded(state["optimizer"], optimizer))
     reference.load_state_dict(state["reference"])
     torch.set_rng_state(state["rng"]["cpu"].cpu())
     if state["rng"]["cuda"]:
         torch.cuda.set_rng_state_all([s.cpu() for s in state["rng"]["cuda"]])
     return state["step"]
+
+
+def expected_bytes(policy: nn.Module, config: TrainConfig) -> int:
+    """What a checkpoint takes on the disk, but for a look-ahead's batches, which are small."""
+    trained = sum(p.nbytes for p in policy.parameters() if p.requires_grad)
+    moments = 2 * trained if config.save_optimizer == "always" else 0
+    reference = 0 if config.reference == "lookahead" else trained
+    return trained + moments + reference + sum(b.nbytes for b in policy.buffers())
 
 
 def _changing(model: nn.Module) -> dict[str, Tensor]:

@@ -20,6 +20,7 @@ ALWAYS = {
     *("gradient_accumulation_steps", "max_grad_norm", "max_length", "max_bad_rows", "seed"),
     *("gradient_tolerance", "ddp_timeout", "fsdp"),  # the last two depend on the launch
     *("lora", "device", "dtype", "bf16", "padding_free", "gradient_checkpointing", "save_steps"),
+    "save_optimizer",
 }
 
 VALUES = {

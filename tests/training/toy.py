@@ -11,7 +11,7 @@ CHAT_TEMPLATE = (
 WORDS = [str(i) for i in range(20)] + ["+", "=", "a", "b", "c", "user", "assistant", "system"]
 
 
-def make_model_folder(folder, chat_template=CHAT_TEMPLATE, **config):
+def make_model_folder(folder, chat_template=CHAT_TEMPLATE, dtype=torch.float32, **config):
     """Save a random Llama of 2 layers and a word-level tokenizer."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -38,7 +38,7 @@ def make_model_folder(folder, chat_template=CHAT_TEMPLATE, **config):
         "eos_token_id": 2,
         "pad_token_id": 2,
     } | config
-    LlamaForCausalLM(LlamaConfig(**config)).save_pretrained(folder)
+    LlamaForCausalLM(LlamaConfig(**config)).to(dtype).save_pretrained(folder)
     return folder
 
 
