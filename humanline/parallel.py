@@ -141,8 +141,10 @@ class Parallel:
             every rank.
         data: ranks with sequences of their own, any number of them; of pairs, both. A head's weight
             and bias may be DTensors split over them along the vocabulary, as FSDP2 has them: they
-            are gathered for the call, their gradient summed over ranks in float32 at least and
-            left as they lie; with ``grad="mean"`` divided by the ranks, as FSDP2 would.
+            are gathered for the call and their gradient is summed over ranks, in float32 at least;
+            or, where that sends fewer bytes, ``from_hidden`` gathers the hidden states. The
+            gradient is left as the DTensors lie; with ``grad="mean"`` divided by the ranks, as
+            FSDP2 would.
         grad: "sum": each rank's gradients are those that its rows give, and sum over the ranks of
             ``sequence`` and ``data`` to the gradient of the loss. "mean": multiplied by the number
             of these ranks, for an engine that averages over them, as DDP and FSDP do.

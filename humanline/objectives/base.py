@@ -13,7 +13,7 @@ from torch import Tensor
 
 from humanline import autograd, checks, ops
 from humanline.dtypes import at_least_float32
-from humanline.joined import join
+from humanline.joined import Share, join
 from humanline.parallel import ALONE, Parallel, check_parallel
 from humanline.perception import Identity, Perception
 from humanline.rows import IGNORE_INDEX, Layout, Rows
@@ -305,6 +305,17 @@ class Objective:
         layout = Layout.of(labels != IGNORE_INDEX, cu_seqlens)
         parallel = check_parallel(parallel)
         options = ops.Head(bias, temperature, logit_scale, logit_softcap)
+        no_head_of_ref = ref_hidden is None and ref_weight is None and ref_bias is None
+        if no_head_of_ref and not capturable and not gradient_tolerance:
+            of_slice = ops.slice_for_all_rows(hidden, weight, bias, parallel)
+            if of_slice is not None:
+                shard, weight, bias = of_slice
+                options = replace(options, bias=bias, shard=shard)
+                ops.check_hidden(hidden, weight, labels, options)
+                problem = join(self._problem(layout, ref_logps, batch, parallel), parallel)
+                how = workspace_bytes, ops.choose_backend(hidden, backend), False, 0.0
+                result = _all_rows(problem.share, hidden, weight, labels, options, how)
+                return _finished(result, parallel)
         hidden, weight, head = ops.sliced_head(hidden, weight, options, parallel)
         ops.check_sliced(head, capturable, gradient_tolerance)
         ops.check_hidden(hidden, weight, labels, head)
@@ -436,6 +447,20 @@ class TokenObjective(Objective):
             name: layout.rows(x, name) if isinstance(x, Tensor) and x.dim() else x
             for name, x in batch.items()
         }
+
+
+def _all_rows(
+    share: Share, hidden: Tensor, weight: Tensor, labels: Tensor, head: ops.Head, how: tuple
+) -> Result:
+    """From hidden states of all ranks, this one's being ``hidden``, and a slice of the head."""
+
+    def everyones(x):
+        return ops.rows_of_all_ranks(x.reshape(len(share.own), *x.shape[labels.dim() :]), share)
+
+    if isinstance(head.temperature, Tensor) and head.temperature.dim():
+        head = replace(head, temperature=everyones(head.temperature))
+    labels, hidden = head.labels(everyones(labels)), everyones(hidden)
+    return ops.linear_objective(share.problem, hidden, weight, labels, head, *how)
 
 
 def _finished(result: Result, parallel: Parallel) -> Result:

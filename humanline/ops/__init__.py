@@ -2,6 +2,7 @@
 
 from humanline.ops.backend import choose_backend
 from humanline.ops.hidden.columns import check_tolerance
+from humanline.ops.hidden.gathered import rows_of_all_ranks, slice_for_all_rows
 from humanline.ops.hidden.head import (
     WORKSPACE_BYTES,
     Head,
@@ -35,7 +36,9 @@ __all__ = [
     "logits_logps",
     "logits_objective",
     "logps_and_columns",
+    "rows_of_all_ranks",
     "shift",
+    "slice_for_all_rows",
     "sliced_head",
     "sliced_logits",
     "token_logps",

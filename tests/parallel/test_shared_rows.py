@@ -266,6 +266,73 @@ def an_fsdp2_head(rank):
         hl.linear_token_logps(mine.hidden, head.weight, mine.labels)
 
 
+def an_fsdp2_head_to_which_rows_travel(rank):
+    """Where these are fewer bytes than the weight, which then is not sent at all."""
+    mesh, width, vocab = init_device_mesh("cpu", (RANKS,)), 3, 67
+    lengths = ((4, 3, 2, 4), (5, 1))[rank]
+    torch.manual_seed(1)
+    parts = [
+        (torch.randn(sum(n), width), torch.randint(vocab, (sum(n),)))
+        for n in ((4, 3, 2, 4), (5, 1))
+    ]
+    parts[0][1][:2] = -100
+    head = nn.Linear(width, vocab)
+    order = [*range(7), *range(13, 18), *range(7, 13), 18]  # the chosen of both, then the rejected
+    hidden, labels = (torch.cat([part[i] for part in parts])[order] for i in range(2))
+    temperature = torch.rand(19) + 0.7
+    sharded = copy.deepcopy(head)
+    fully_shard(sharded, mesh=mesh)
+    own = slice(0, 13) if rank == 0 else slice(13, 19)
+    by_rank = torch.empty(19).index_copy_(0, torch.tensor(order), temperature)
+    for objective in (hl.DPO(), hl.GRPO(entropy_coef=0.1), hl.SFT()):
+        batch = {}
+        if isinstance(objective, hl.GRPO):
+            batch = {"advantages": torch.tensor([1.0, -2, 3, 0.5, 0.2, -1])}
+        whole, mine = leaf(hidden), leaf(parts[rank][0])
+        ends = torch.tensor([0, 4, 7, 12, 14, 18, 19])
+        ref = torch.linspace(-5, -3, 19)
+        head.zero_grad()
+        sharded.zero_grad()
+        expected = objective.from_hidden(
+            whole,
+            head.weight,
+            labels,
+            ref,
+            bias=head.bias,
+            cu_seqlens=ends,
+            temperature=temperature,
+            **batch,
+        )
+        expected[0].backward()
+        if batch:
+            places = ([0, 1, 3, 4], [2, 5])[rank]
+            batch = {"advantages": batch["advantages"][places]}
+        own_ref = torch.empty(19).index_copy_(0, torch.tensor(order), ref)[own]
+        with Collectives() as collectives:
+            found = objective.from_hidden(
+                mine,
+                sharded.weight,
+                parts[rank][1],
+                own_ref,
+                bias=sharded.bias,
+                cu_seqlens=torch.tensor([0, *lengths]).cumsum(0),
+                temperature=by_rank[own],
+                parallel=hl.Parallel(data=mesh, grad="mean"),
+                **batch,
+            )
+            found[0].backward()
+        close(found, expected, 1e-5)
+        assert same_on_all_ranks(found[0])
+        theirs = torch.empty_like(hidden).index_copy_(0, torch.tensor(order), whole.grad)
+        close(mine.grad, RANKS * theirs[own], 1e-5)
+        for name in ("weight", "bias"):
+            of_head = getattr(sharded, name).grad
+            close(of_head.full_tensor(), getattr(head, name).grad, 1e-5)
+        assert 4 * 13 * width in collectives.floats  # hidden states of the rank that has more
+        assert 4 * 13 * width * RANKS in collectives.floats  # their gradient
+        assert 4 * width * -(-vocab // RANKS) not in collectives.floats
+
+
 def groups_of_completions(rank):
     rewards, ids = torch.tensor([1.0, 0, 0.5, 2, -1, 0.1]), torch.tensor([3, 3, 5, 5, 3, 5])
     own = slice(4) if rank == 0 else slice(4, 6)
@@ -369,6 +436,7 @@ def what_is_refused(rank):
 CHECKS = [
     the_page,
     an_fsdp2_head,
+    an_fsdp2_head_to_which_rows_travel,
     split_sequences,
     other_sequences,
     ranks_without_rows_and_packed_ones,

@@ -1,8 +1,12 @@
-"""A head that FSDP2 has split over ranks with rows of their own: gathered whole for a call.
+"""A head that FSDP2 has split over ranks with rows of their own, by whichever way sends less.
 
-Its gradient is what every rank's rows give: summed over ranks in float32 (float64 from float64),
-each rank keeping its part. A parameter that is read where it lies has no hooks of FSDP's: what the
-engine would do to the gradient is done here.
+Gathered whole for a call, its gradient is what every rank's rows give: summed over ranks in float32
+(float64 from float64), each rank keeping its part. Or the rows travel: the head's part is a slice
+of a vocabulary, so with hidden states of all ranks gathered and their gradient summed, it is used
+where it lies, and its gradient is whole there.
+
+A parameter that is read where it lies has no hooks of FSDP's: what the engine would do to the
+gradient is done here.
 """
 
 import torch
@@ -10,6 +14,8 @@ from torch import Tensor
 
 from humanline import autograd
 from humanline.dtypes import at_least_float32
+from humanline.joined import Share
+from humanline.ops.vocabulary import Shard
 from humanline.parallel import Axis, Parallel
 from humanline.sharding import is_dtensor
 
@@ -18,14 +24,79 @@ def gathered(x: Tensor | None, dtype: torch.dtype, parallel: Parallel) -> Tensor
     """All rows of a DTensor that the ranks of ``data`` have split along its first dimension, in
     this dtype: as many bytes are sent as that takes. Any other value is returned as it is."""
     axis = parallel.axis("data")
-    if axis is None or not is_dtensor(x) or not axis.is_of(x.device_mesh):
-        return x
-    if not x.placements[0].is_shard(0):
-        return x  # refused with the advice that goes for any DTensor
+    if not _is_split(x, axis):
+        return x  # if it is a DTensor, refused with the advice that goes for any
     local = x.to_local(grad_placements=x.placements)
     sizes = [n for (n,) in axis.exchange(len(local), device=local.device)]
-    factor = 1 / axis.size if parallel.grad == "mean" else 1.0
-    return _Gathered.apply(local, dtype, axis, sizes, factor)
+    return _Gathered.apply(local, dtype, axis, sizes, _factor(parallel))
+
+
+def _is_split(x: Tensor | None, axis: Axis | None) -> bool:
+    ours = axis is not None and is_dtensor(x) and axis.is_of(x.device_mesh)
+    return ours and x.placements[0].is_shard(0)
+
+
+def _factor(parallel: Parallel) -> float:
+    return 1 / parallel.axis("data").size if parallel.grad == "mean" else 1.0
+
+
+def slice_for_all_rows(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, parallel: Parallel
+) -> tuple[Shard, Tensor, Tensor | None] | None:
+    """Which slice of the vocabulary this rank's part of weight and bias is, and these parts; None
+    where the head is not split so, or had better travel itself."""
+    axis = parallel.axis("data")
+    if parallel.rows != [axis] or parallel.axis("vocab") is not None:
+        return None
+    tensors = (weight,) if bias is None else (weight, bias)
+    same = isinstance(hidden, Tensor) and all(x.dtype == hidden.dtype for x in tensors)
+    if not same or not all(_is_split(x, axis) for x in tensors) or hidden.dim() == 0:
+        return None
+    parts = [x.to_local(grad_placements=x.placements) for x in tensors]
+    n = hidden.shape[:-1].numel()
+    met = axis.exchange(len(parts[0]), n, device=hidden.device)
+    columns, rows = (tuple(numbers[i] for numbers in met) for i in range(2))
+    trains = torch.is_grad_enabled()
+    of_rows = sum(rows) * hidden.element_size() * (1 + (trains and hidden.requires_grad))
+    of_sum = torch.promote_types(weight.dtype, torch.float32).itemsize
+    of_weight = weight.element_size() + of_sum * (trains and weight.requires_grad)
+    if of_rows >= sum(columns) * of_weight or min(columns) == 0:
+        return None
+    parts = [_Weighted.apply(x, _factor(parallel)) for x in parts]
+    return Shard(axis, columns), *(*parts, None)[:2]
+
+
+def rows_of_all_ranks(x: Tensor, share: Share) -> Tensor:
+    """``[N, …]`` of rows ``[n, …]``, as ``share`` has them; differentiable."""
+    return _Travelling.apply(x, share)
+
+
+class _Travelling(torch.autograd.Function):
+    @staticmethod
+    @autograd.forward
+    def forward(ctx, x, share: Share):
+        ctx.share = share
+        return share.axis.gather_rows(x, share.sizes)[share.order]
+
+    @staticmethod
+    @autograd.backward
+    def backward(ctx, grad):
+        share = ctx.share
+        by_rank = torch.empty_like(grad).index_copy_(0, share.order, grad)
+        return share.axis.sum_rows(by_rank, share.sizes), None
+
+
+class _Weighted(torch.autograd.Function):
+    @staticmethod
+    @autograd.forward
+    def forward(ctx, x, factor: float):
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    @autograd.backward
+    def backward(ctx, grad):
+        return grad * ctx.factor, None
 
 
 class _Gathered(torch.autograd.Function):
