@@ -221,9 +221,9 @@ class SinceStart:
 
 
 def is_due(done: int) -> bool:
-    """Whether to look after so many steps: after 1, 2, 3, 4, 6, 8, 11, 16, …, ever more rarely, so
-    that it costs next to nothing in a long run, and the same steps in one that is made longer."""
-    return done == round(2 ** (round(2 * math.log2(done)) / 2))
+    """Whether to look after so many steps: after 1, 2, 4, 8, …, ever more rarely, so that it costs
+    next to nothing in a long run, and comes after the same steps in one that is made longer."""
+    return done & (done - 1) == 0
 
 
 def proportion(successes: int, n: int) -> dict[str, Any]:
