@@ -14,7 +14,6 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import combinations
 from typing import Any
 
@@ -170,7 +169,11 @@ class Parallel:
             self.grad in ("sum", "mean"),
             lambda: f'grad must be "sum" or "mean", got {self.grad!r}',
         )
-        for one, other in combinations(self._axes.values(), 2):
+        names = "vocab", "sequence", "data"
+        groups = {name: _group(name, getattr(self, name)) for name in names}
+        axes = {name: Axis(name, group) for name, group in groups.items() if group is not None}
+        object.__setattr__(self, "_axes", axes)
+        for one, other in combinations(axes.values(), 2):
             both = set(one.ranks) & set(other.ranks)
             checks.require(
                 len(both) == 1,
@@ -179,17 +182,15 @@ class Parallel:
                 ),
             )
 
-    @cached_property
-    def _axes(self) -> dict[str, Axis]:
-        names = "vocab", "sequence", "data"
-        groups = {name: _group(name, getattr(self, name)) for name in names}
-        return {name: Axis(name, group) for name, group in groups.items() if group is not None}
+    @property
+    def shares(self) -> bool:
+        """Whether anything is shared."""
+        return bool(self._axes)
 
     @property
     def rows(self) -> list[Axis]:
         """The axes of several ranks over which rows are shared."""
-        axes = map(self.axis, ("sequence", "data"))
-        return [axis for axis in axes if axis is not None and axis.size > 1]
+        return [axis for name, axis in self._axes.items() if name != "vocab" and axis.size > 1]
 
     def mean(self, x: Tensor) -> Tensor:
         """The mean of values ``[S]``, one a sequence or what this rank's rows add to it."""
@@ -202,10 +203,9 @@ class Parallel:
 
     def attach(self, loss: Tensor) -> Tensor:
         """The loss, its gradient multiplied for an engine that averages."""
-        ranks = math.prod(axis.size for axis in self.rows)
-        if self.grad == "sum" or ranks == 1 or not loss.requires_grad:
+        if self.grad == "sum" or not (self.rows and loss.requires_grad):
             return loss
-        return _Scaled.apply(loss, ranks)
+        return _Scaled.apply(loss, math.prod(axis.size for axis in self.rows))
 
     def axis(self, name: str) -> Axis | None:
         """None where it is not shared."""
@@ -226,7 +226,7 @@ def check_parallel(parallel: Parallel | None) -> Parallel:
         error=TypeError,
     )
     checks.require(
-        not checks.is_compiling(),
+        not (parallel.shares and checks.is_compiling()),
         "parallel= communicates between launches, which torch.compile does not trace: call it from "
         "a function under torch.compiler.disable",
     )
