@@ -23,7 +23,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("", "kernels", "objectives", "ops", "ops/logits", "ops/hidden")
-LEFT_OUT = ("cli.py", "doctor.py")
+LEFT_OUT = ("__main__.py", "cli.py", "doctor.py")
 BACKENDS = ("cpu", "cuda", "rocm")
 #: The major version users ask the Hub for: raised when a caller would have to change.
 API_VERSION = 1
