@@ -1,4 +1,6 @@
 import os
+from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,3 +15,32 @@ torch.set_num_threads(1)  # tensors are small here: threads would only wait for 
 @pytest.fixture(autouse=True)
 def fixed_seed():
     torch.manual_seed(0)
+
+
+# `pytest -m core`: what one who changes a kernel wants to know while at it. Some cases of each test
+# that core.txt names, but of those under bench/, which compile for minutes.
+TESTS = Path(__file__).parent
+LISTED = (TESTS / "core.txt").read_text().split()
+CORE = [TESTS.parent / part for part in LISTED if not part.startswith("tests/bench/")]
+ONE_IN = 16  # cases of a test; the first is always in
+
+
+def in_core(path: Path) -> bool:
+    return any(path == part or part in path.parents for part in CORE)
+
+
+def pytest_ignore_collect(collection_path, config):
+    """Files that have nothing marked are not even imported: TRL alone takes seconds."""
+    if config.option.markexpr == "core" and collection_path.is_file():
+        return not in_core(collection_path) or None
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    cases = Counter()
+    for item in items:
+        if in_core(item.path):
+            function = item.nodeid.partition("[")[0]
+            if cases[function] % ONE_IN == 0:
+                item.add_marker("core")
+            cases[function] += 1
