@@ -15,16 +15,25 @@ H, V, WORKSPACE = 64, 512, 2**20
 LENGTHS = [512, 65536]
 A_BLOCK = 2**19  # hidden states of one block and what is made of them
 
-# Each N in a process of its own: what one freed would hide what the next takes.
+# Each N in a process of its own: what one freed would hide what the next takes. They are forks of
+# one that has only imported.
 SCRIPT = """
-import json, sys
+import json, os, sys
 import torch
 import humanline as hl
 from bench.measure import _high_water, _recorded
 
 torch.set_num_threads(1)
 name, frozen, dtype = sys.argv[1], sys.argv[2] == "frozen", getattr(torch, sys.argv[3])
-n, H, V, WORKSPACE = map(int, sys.argv[4:])
+H, V, WORKSPACE, *lengths = map(int, sys.argv[4:])
+for n in lengths:
+    child = os.fork()
+    if not child:
+        break
+    if os.waitpid(child, 0)[1]:
+        sys.exit(f"failed at {n} rows")
+else:
+    sys.exit()
 hidden = torch.randn(8, n // 8, H).to(dtype).requires_grad_()
 weight = torch.randn(V, H).to(dtype).requires_grad_(not frozen)
 labels = torch.randint(0, V, (8, n // 8))
@@ -67,8 +76,8 @@ print(json.dumps([high_water - gradients, max(recorded(), recorded()) - gradient
 """
 
 
-def beside(name: str, frozen: bool, dtype: str, n: int) -> tuple[int, int]:
-    """Bytes beside inputs and gradients: (high-water mark, profiler's record)."""
+def beside(name: str, frozen: bool, dtype: str) -> list[tuple[int, int]]:
+    """Bytes beside inputs and gradients, of each length: (high-water mark, profiler's record)."""
     done = subprocess.run(
         [
             sys.executable,
@@ -77,7 +86,7 @@ def beside(name: str, frozen: bool, dtype: str, n: int) -> tuple[int, int]:
             name,
             "frozen" if frozen else "trained",
             dtype,
-            *map(str, (n, H, V, WORKSPACE)),
+            *map(str, (H, V, WORKSPACE, *LENGTHS)),
         ],
         cwd=ROOT,
         # Freed blocks go back to the system at once: glibc would keep some of them, by chance two.
@@ -86,7 +95,7 @@ def beside(name: str, frozen: bool, dtype: str, n: int) -> tuple[int, int]:
         text=True,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    return tuple(json.loads(done.stdout))
+    return [tuple(json.loads(line)) for line in done.stdout.splitlines()]
 
 
 @pytest.mark.parametrize(
@@ -104,8 +113,7 @@ def beside(name: str, frozen: bool, dtype: str, n: int) -> tuple[int, int]:
 )
 def test_memory_is_the_workspace_and_some_floats_a_row(name, frozen, dtype):
     """All logits would be 1 MiB at the first length, 128 MiB at the last."""
-    for n in LENGTHS:
-        high_water, recorded = beside(name, frozen, dtype, n)
+    for n, (high_water, recorded) in zip(LENGTHS, beside(name, frozen, dtype), strict=True):
         allowed = WORKSPACE + 24 * 4 * n + A_BLOCK
         if dtype == "bfloat16":  # the weight and its gradient in float32, see workspace_bytes
             allowed += 2 * 4 * V * H
