@@ -17,7 +17,8 @@ from torch.profiler import ProfilerActivity, profile
 from bench.cases import LLAMA, QWEN, Case, inputs
 from bench.gpu.steps import DEVICE, _failure, _known, _loss, _say
 
-RUNS = 3  # profiled, after one that compiles and warms up
+# Profiled, after one that compiles and warms up. On a CPU (the interpreter) times mean nothing.
+RUNS = 3 if torch.cuda.is_available() else 1
 NAME = 110  # characters of a kernel's name
 FILE = "profile.jsonl"
 
