@@ -36,11 +36,13 @@ PAIRS = [
     ("3.12", "2.13.0"),
     ("3.13", "2.15.0"),
 ]
+# What is not installed is "none": TRL has no version for Python 3.10.
 COLUMNS = ("python", "torch", "triton", "numpy", "transformers", "trl")
 VERSIONS = f"""
 import json, platform
-from importlib.metadata import version
-found = {{name: version(name) for name in {COLUMNS[1:]!r}}}
+from importlib.metadata import distributions
+found = {{package.name: package.version for package in distributions()}}
+found = {{name: found.get(name, "none") for name in {COLUMNS[1:]!r}}}
 print(json.dumps({{"python": platform.python_version()}} | found))
 """
 
