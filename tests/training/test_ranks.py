@@ -111,7 +111,7 @@ class Launch:
             command,
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=900,  # of a hang: it takes half a minute on a free machine
             env=os.environ | {"OMP_NUM_THREADS": "1"},
         )
         return self
