@@ -119,6 +119,9 @@ class Ranks:
 #: A run of one process.
 ALONE = Ranks()
 _joined = itertools.count()  # the store keeps what earlier runs of these processes said
+# Groups that were left, kept: gloo's destructor holds the interpreter's lock while it waits for its
+# threads, one of which may want it to let go of the last reduction, when DDP's reducer goes.
+_left = []
 
 
 class Root(nn.Module):
@@ -186,4 +189,5 @@ def joined(timeout: float) -> Iterator[Ranks]:
     try:
         yield Ranks(rank, ranks, local, timeout, dist.PrefixStore("humanline", store))
     finally:
+        _left.append(dist.group.WORLD)
         dist.destroy_process_group()
