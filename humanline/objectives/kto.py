@@ -123,11 +123,15 @@ class KTO(Objective):
         )
         logps, ref_logps = (at_least_float32(x.detach()).reshape(-1) for x in (logps, ref_logps))
         checks.require_finite("kl_ref_logps", ref_logps, layout.mask)
-        d = torch.where(layout.mask, logps - ref_logps, 0)
-        c = torch.where(layout.mask, self.perception.perceive(d, layout.mask)[0], 0)
-        rewards = layout.sum(c)
+        rewards = self.mismatched_rewards(layout, logps, ref_logps)
         mean = mean_over_ranks(rewards.mean()) if alone else rows.parallel.mean(rewards)
         return mean.clamp(min=0)
+
+    def mismatched_rewards(self, layout: Layout, logps: Tensor, ref_logps: Tensor) -> Tensor:
+        """Perceived log-ratios, summed over each of the mismatched pairs: ``[S']``, whose mean,
+        clamped at 0, is the reference point. ``logps`` and ``ref_logps`` are flat."""
+        d = torch.where(layout.mask, logps - ref_logps, 0)
+        return layout.sum(torch.where(layout.mask, self.perception.perceive(d, layout.mask)[0], 0))
 
     def sequence_kernel_arguments(
         self, desirable: Tensor, z0: float | Tensor

@@ -143,16 +143,15 @@ def _tokens_averaged(objective: hl.Objective, batch: Batch) -> tuple[int, int]:
 
 
 def _with_reference_point(
-    objective: hl.Objective, extra: dict[str, Any], pairs: int, ranks: Ranks
+    objective: hl.KTO, extra: dict[str, Any], pairs: int, ranks: Ranks
 ) -> dict[str, Any]:
     """KTO's z0 of all ranks' mismatched pairs in place of this rank's, which may be none."""
     names = ("kl_logps", "kl_ref_logps", "kl_mask", "kl_cu_seqlens")
     logps, ref_logps, mask, cu_seqlens = (extra.get(name) for name in names)
     total = 0.0
     if logps is not None:
-        d = torch.where(mask, logps - ref_logps, 0).reshape(-1)
-        c = objective.perception.perceive(d, mask.reshape(-1))[0]
-        total = float(Layout.of(mask, cu_seqlens).sum(torch.where(mask.reshape(-1), c, 0)).sum())
+        rows = Layout.of(mask, cu_seqlens), logps.reshape(-1), ref_logps.reshape(-1)
+        total = float(objective.mismatched_rewards(*rows).sum())
     z0 = max(sum(ranks.gather("KTO's reference point", total)) / pairs, 0.0)
     return {name: x for name, x in extra.items() if name not in names} | {"z0": z0}
 
