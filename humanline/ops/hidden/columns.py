@@ -37,7 +37,8 @@ from humanline.ops.hidden.blocks import FLOPS_A_BYTE, FLOPS_A_BYTE_FLOAT32
 
 #: Where more is kept than this, all is, on a CPU.
 DENSE_SHARE = 0.7
-#: What a GPU moves while columns are chosen in a block, some forty small launches and a read.
+#: What a GPU could move while columns are chosen in a block, by small launches and a read: an
+#: estimate.
 CHOOSING_BYTES = 2e9
 #: Where no more than this may be kept, all is, without a look: looking costs what it might save.
 WORTH_A_LOOK = 0.1
@@ -45,7 +46,7 @@ WORTH_A_LOOK = 0.1
 _UNITS = 2.0**60  # of a block's energy: their sum stays an int64
 _TILE_ELEMENTS = 2**22  # on a CPU: of dz and of the weight, gathered at a time
 _GPU_TILE_ELEMENTS = 2**27  # fewer, larger products: each reads and writes its sum
-_GPU_MULTIPLE = 16  # of columns kept: cuBLAS multiplies other numbers of them at half the rate
+_GPU_MULTIPLE = 16  # of columns kept: an odd number of them left cuBLAS its slower kernels
 _CHUNK_FLOATS = 2**20  # of dz, squared or widened at a time: what a CPU's cache holds
 
 
@@ -102,7 +103,7 @@ class Columns:
         if not self.tolerance or n == 0:
             return None
         most, columns = self._most(n, vocab), None
-        if self.looks(n, vocab):
+        if most > WORTH_A_LOOK:
             weights = unit_weights(dz) if scale is None else row_weights(scale)
             if energies is None:
                 energies = self._energies(dz, weights)
@@ -142,7 +143,7 @@ def dense_share(rows: int, vocab: int, width: int, element_size: int) -> float:
     It spares two products of 2H FLOPs for each logit left out, and moves, for each logit there is,
     what the sums and what stays take (read twice, read and written); for each element of the
     weight, a line of it in n, the sum over its rows and an outer product, and rows gathered and put
-    back. An estimate to within a tenth of the share, which costs little where it errs.
+    back. An estimate, which costs little where it errs: near this share both ways take as long.
 
     Args:
         rows: n of the block.
@@ -259,7 +260,7 @@ class Kept:
         """``dzᵀ @ (scale·h)`` of the columns ``dz [n, K]``, and nearly of the others: ``[V, H]`` in
         the dtype of ``h``, rounded once."""
         dw = h.new_empty(len(self.fit), h.shape[1])
-        self._outer_(dw, *self.left_out(scale, h))
+        _outer_(dw, [self.left_out(scale, h)], self.backend)
         scale, h = gemms.scaled_once(scale, h)
         for place, tile in self._tiles(len(dz), h.shape[1]):
             product = gemms.rounded_weight_gradient(dz[:, place], scale, h)
@@ -274,21 +275,7 @@ class Kept:
     def add_left_out_(self, total: Tensor, left_out: list[tuple[Tensor, Tensor]]) -> None:
         """``total [V, H] +=`` the outer products, of this block and others, in float32 or float64:
         one pass over it."""
-        if self.backend == "triton":
-            from humanline.kernels.outer import outer_
-
-            outer_(total, *map(torch.stack, zip(*left_out, strict=True)), add=True)
-        else:
-            for column, row in left_out:
-                total.addr_(column, row)
-
-    def _outer_(self, out: Tensor, column: Tensor, row: Tensor) -> None:
-        if self.backend == "triton":
-            from humanline.kernels.outer import outer_
-
-            outer_(out, column[None], row[None])
-        else:
-            torch.mul(column[:, None], row, out=out)
+        _outer_(total, left_out, self.backend, add=True)
 
     def _tiles(self, rows: int, width: int) -> Iterator[tuple[slice, Tensor]]:
         """Some of the columns kept at a time: their places among these, and which they are."""
@@ -297,6 +284,24 @@ class Kept:
         for tile in self.columns.split(max(1, elements // max(rows, width))):
             yield slice(start, start + len(tile)), tile
             start += len(tile)
+
+
+def _outer_(
+    out: Tensor, pairs: list[tuple[Tensor, Tensor]], backend: str, add: bool = False
+) -> None:
+    """``out =`` the sum of the outer products of columns and rows, or ``+=``."""
+    if backend == "triton":
+        from humanline.kernels.outer import outer_
+
+        outer_(out, *map(torch.stack, zip(*pairs, strict=True)), add)
+        return
+    (column, row), *others = pairs
+    if add:
+        out.addr_(column, row)
+    else:
+        torch.mul(column[:, None], row, out=out)
+    for column, row in others:
+        out.addr_(column, row)
 
 
 def _put_rows_(to: Tensor, rows: Tensor, x: Tensor, backend: str, add: bool = False) -> None:

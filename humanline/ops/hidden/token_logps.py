@@ -154,7 +154,7 @@ def linear_token_logps(
             Where only hidden trains, gradients are formed before the incoming ones
             are known: there every row counts alike, and δ bounds the root mean square of the
             rows' relative errors. Beside the workspace it takes, by estimate, 40 MiB on a CPU and
-            256 MiB on a GPU in half precision.
+            512 MiB on a GPU in half precision, where blocks too small to gain by it are exact.
         parallel: its ``vocab`` says whose slices of the vocabulary weight and bias are. Exact
             alone, not ``capturable``; an ``observe`` sees the logits of the slice.
 

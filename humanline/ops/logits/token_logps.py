@@ -232,10 +232,8 @@ class _OfShard(torch.autograd.Function):
     def forward(ctx, logits, labels, temperature, with_entropy, backend, shard):
         flat = labels.reshape(-1)
         if backend == "triton":
-            outputs, nats = (
-                _forward_in_triton(logits, flat, temperature, with_entropy),
-                1 / temperature,
-            )
+            outputs = _forward_in_triton(logits, flat, temperature, with_entropy)
+            nats = 1 / temperature
         else:
             # where another rank has the label, some column's log-prob, which the merge leaves out
             here = flat.clamp(max=shard.size - 1)
