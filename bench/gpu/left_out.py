@@ -14,7 +14,7 @@ from torch import Tensor
 import humanline as hl
 from bench.cases import NOISE, QWEN, Batch, Case, inputs
 from bench.gpu.profile import profiled
-from bench.gpu.steps import BACKEND, DEVICE, _failure, _known, _say
+from bench.gpu.steps import BACKEND, DEVICE, _failure, _known, _result, _say
 
 POWER = 1.1
 SPREADS = (1.0, 2.5)  # of a row's logits about their tokens' own
@@ -77,14 +77,6 @@ def _compared(batch: Batch, tolerance: float, exact: tuple[Tensor, ...]) -> dict
 
 def _gradients(batch: Batch, tolerance: float) -> tuple[tuple[Tensor, ...], float]:
     """Of hidden states and weight; and the share of the columns that they were made of."""
-    loss, stats = batch.objective.ours.from_hidden(
-        batch.hidden,
-        batch.weight,
-        batch.labels,
-        batch.ref_logps,
-        gradient_tolerance=tolerance,
-        backend=BACKEND,
-        **batch.extra,
-    )
+    loss, stats = _result(batch, gradient_tolerance=tolerance)
     gradients = torch.autograd.grad(loss, batch.leaves)
     return gradients, float(stats.get("humanline/kept_columns", 1.0))

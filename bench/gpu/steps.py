@@ -294,12 +294,16 @@ def kernels(args: argparse.Namespace) -> bool:
 
 
 def _loss(b: Batch, **how) -> Tensor:
-    """humanline's, by the kernels unless told otherwise."""
+    return _result(b, **how)[0]
+
+
+def _result(b: Batch, **how) -> tuple[Tensor, dict[str, Tensor]]:
+    """humanline's loss and statistics, by the kernels unless told otherwise."""
     objective = how.pop("objective", b.objective.ours)
     how = {"backend": BACKEND} | how | b.extra
     if b.case.entry == "logits":
-        return objective.from_logits(b.logits, b.labels, b.ref_logps, **how)[0]
-    return objective.from_hidden(b.hidden, b.weight, b.labels, b.ref_logps, **how)[0]
+        return objective.from_logits(b.logits, b.labels, b.ref_logps, **how)
+    return objective.from_hidden(b.hidden, b.weight, b.labels, b.ref_logps, **how)
 
 
 def dram(args: argparse.Namespace) -> bool:

@@ -11,7 +11,8 @@ from bench.run import ROOT, committed
 
 pytest.importorskip("triton")
 
-from humanline.kernels import launch, linear_logps
+from humanline.kernels import columns as column_sums
+from humanline.kernels import launch, linear_logps, take_columns
 from humanline.ops.hidden import blocks, columns
 
 EXPLORED = [
@@ -104,6 +105,17 @@ def test_what_the_front_page_says_of_the_peers():
 
 
 LESS_MEMORY = {"cut-cross-entropy", "Liger chunked", "Liger fused linear CE"}  # DPO, SFT
+
+
+def test_columns_are_summed_and_moved_by_programs_of_the_size_that_was_fast():
+    """Within 5 % of the fastest; as many rows a line as linear_logps.py writes were not to change.
+    A program that moved several rows, or more at a time, was no faster."""
+    sums = {tuple(r["config"]): r["ms"] for r in EXPLORED if r["what"] == "column sums"}
+    assert sums[tuple(column_sums.LAUNCH.values())] <= 1.05 * min(sums.values())
+    for share in (0.3, 0.05):
+        found = [r for r in EXPLORED if r["what"] == "columns taken" and r["share"] == share]
+        times = {tuple(r["config"]): r["ms"] for r in found}
+        assert times[(1, *take_columns.LAUNCH.values())] == min(times.values())
 
 
 def test_columns_are_left_out_where_it_pays():
