@@ -91,7 +91,11 @@ class Axis:
 
     def is_of(self, mesh: Any) -> bool:
         """Whether a DeviceMesh has these ranks, and no other dimension."""
-        return mesh.ndim == 1 and mesh.mesh.tolist() == self.ranks
+        return mesh.ndim == 1 and self.is_dimension(mesh, 0)
+
+    def is_dimension(self, mesh: Any, number: int) -> bool:
+        """Whether these are the ranks of a dimension of a DeviceMesh."""
+        return dist.get_process_group_ranks(mesh.get_group(number)) == self.ranks
 
     def _run(self, collective: Callable, *tensors: Tensor) -> None:
         try:
@@ -143,7 +147,8 @@ class Parallel:
             are gathered for the call and their gradient is summed over ranks, in float32 at least;
             or, where that sends fewer bytes, ``from_hidden`` gathers the hidden states. The
             gradient is left as the DTensors lie; with ``grad="mean"`` divided by the ranks, as
-            FSDP2 would.
+            FSDP2 would. With ``vocab``, DTensors on a mesh of both, as FSDP2 makes them of a
+            tensor-parallel head: each rank gathers its slice.
         grad: "sum": each rank's gradients are those that its rows give, and sum over the ranks of
             ``sequence`` and ``data`` to the gradient of the loss. "mean": multiplied by the number
             of these ranks, for an engine that averages over them, as DDP and FSDP do.

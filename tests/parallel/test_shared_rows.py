@@ -12,7 +12,8 @@ from ranks import Collectives, require_passed, run
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Shard
+from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 import humanline as hl
 from humanline.ops.backend import HAS_TRITON, interpreting
@@ -479,10 +480,59 @@ def two_axes(rank):
             compare(data, have, parallel, case, group=group, columns=columns)
 
 
+def a_head_of_slices_that_are_split(rank):
+    """As FSDP2 leaves a tensor-parallel one, and as a mesh has it that names that axis first."""
+    data = Batch(dtype=torch.float32)
+    for names in (("dp", "tp"), ("tp", "dp")):
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=names)
+        have = DATA["uneven"][mesh["dp"].get_local_rank()]
+        mine, axes = data.part(**have), {"vocab": mesh["tp"], "data": mesh["dp"]}
+        for case in (oracle.BY_NAME["dpo-sigmoid"], oracle.BY_NAME["grpo-bnpo"]):
+            whole = [leaf(x) for x in (data.hidden, data.weight, data.bias)]
+            expected = data.from_hidden(case, perception(case), *whole[:2], bias=whole[2])
+            expected[0].backward()
+            if names[0] == "dp":
+                head = nn.Linear(data.H, data.V)
+                head.load_state_dict({"weight": data.weight, "bias": data.bias})
+                parallelize_module(head, mesh["tp"], ColwiseParallel())
+                fully_shard(head, mesh=mesh["dp"])
+                weight, bias = head.weight, head.bias
+            else:
+                weight, bias = (
+                    distribute_tensor(x, mesh, [Shard(0)] * 2).requires_grad_()
+                    for x in (data.weight, data.bias)
+                )
+            hidden = leaf(mine.hidden)
+            found = mine.from_hidden(
+                *(case, perception(case), hidden, weight),
+                bias=bias,
+                parallel=hl.Parallel(**axes, grad="mean"),
+            )
+            found[0].backward()
+            close(found, expected, 1e-5)
+            assert same_on_all_ranks(found[0])
+            assert weight.grad.placements == weight.placements
+            ours = hidden.grad / 2, weight.grad.full_tensor(), bias.grad.full_tensor()
+            dh, dw, db = (x.grad for x in whole)
+            close(ours, (dh[have["sequences"]], dw, db), 1e-5)
+    wrong = distribute_tensor(data.weight, mesh, [Shard(0), Shard(1)])
+    with pytest.raises(ValueError, match="weight must be split along dimension 0, by the vocab"):
+        hl.linear_token_logps(mine.hidden, wrong, mine.labels, parallel=hl.Parallel(**axes))
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    data_first = distribute_tensor(data.weight, mesh, [Shard(0)] * 2)
+    axes = {"vocab": mesh["tp"], "data": mesh["dp"]}
+    with pytest.raises(ValueError, match="weight must be split along dimension 0, by the vocab"):
+        hl.linear_token_logps(mine.hidden, data_first, mine.labels, parallel=hl.Parallel(**axes))
+
+
+FOUR = [two_axes, a_head_of_slices_that_are_split]
+
+
 @pytest.fixture(scope="module")
 def outcome_of_four(tmp_path_factory):
-    return run([two_axes], tmp_path_factory.mktemp("four"), 4)
+    return run(FOUR, tmp_path_factory.mktemp("four"), 4)
 
 
-def test_in_four_processes(outcome_of_four):
-    require_passed(two_axes, outcome_of_four, 4)
+@pytest.mark.parametrize("check", FOUR, ids=lambda check: check.__name__)
+def test_in_four_processes(check, outcome_of_four):
+    require_passed(check, outcome_of_four, 4)

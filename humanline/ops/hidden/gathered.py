@@ -12,7 +12,7 @@ gradient is done here.
 import torch
 from torch import Tensor
 
-from humanline import autograd
+from humanline import autograd, checks
 from humanline.dtypes import at_least_float32
 from humanline.joined import Share
 from humanline.ops.vocabulary import Shard
@@ -20,11 +20,16 @@ from humanline.parallel import Axis, Parallel
 from humanline.sharding import is_dtensor
 
 
-def gathered(x: Tensor | None, dtype: torch.dtype, parallel: Parallel) -> Tensor | None:
+def gathered(x: Tensor | None, name: str, dtype: torch.dtype, parallel: Parallel) -> Tensor | None:
     """All rows of a DTensor that the ranks of ``data`` have split along its first dimension, in
-    this dtype: as many bytes are sent as that takes. Any other value is returned as it is."""
+    this dtype: as many bytes are sent as that takes. Where those of ``vocab`` have split it before,
+    all rows of this rank's slice. Any other value is returned as it is.
+
+    Raises:
+        ValueError: it lies on the mesh of both axes and is not split so.
+    """
     axis = parallel.axis("data")
-    if not _is_split(x, axis):
+    if not (_is_split(x, axis) or _is_split_slice(x, name, parallel)):
         return x  # if it is a DTensor, refused with the advice that goes for any
     local = x.to_local(grad_placements=x.placements)
     sizes = [n for (n,) in axis.exchange(len(local), device=local.device)]
@@ -34,6 +39,30 @@ def gathered(x: Tensor | None, dtype: torch.dtype, parallel: Parallel) -> Tensor
 def _is_split(x: Tensor | None, axis: Axis | None) -> bool:
     ours = axis is not None and is_dtensor(x) and axis.is_of(x.device_mesh)
     return ours and x.placements[0].is_shard(0)
+
+
+def _is_split_slice(x: Tensor | None, name: str, parallel: Parallel) -> bool:
+    """Whether it is a slice of a vocabulary that the ranks of ``data`` have split."""
+    data, vocab = parallel.axis("data"), parallel.axis("vocab")
+    if data is None or vocab is None or not is_dtensor(x) or x.device_mesh.ndim != 2:
+        return False
+    for of_data, of_vocab in ((0, 1), (1, 0)):
+        if all(a.is_dimension(x.device_mesh, i) for a, i in ((data, of_data), (vocab, of_vocab))):
+            break
+    else:
+        return False
+    # Placements count from the left: where data's comes first, it is by a stride that the slices
+    # are the vocabulary's.
+    stride = vocab.size if of_data == 0 else 1
+    along_rows = all(getattr(placement, "dim", None) == 0 for placement in x.placements)
+    checks.require(
+        along_rows and getattr(x.placements[of_data], "split_factor", 1) == stride,
+        lambda: (
+            f"{name} must be split along dimension 0, by the {vocab} and each slice by the {data}, "
+            f"as FSDP2 splits a tensor-parallel head, got placements {x.placements}"
+        ),
+    )
+    return True
 
 
 def _factor(parallel: Parallel) -> float:

@@ -48,16 +48,22 @@ def sliced_head(
     """Hidden states, this rank's weight, and the head with the slice of the vocabulary that it is
     of, if that is split."""
     parallel = check_parallel(parallel)
-    weight = local_part(weight, prefix + "weight", parallel, 0)
-    bias = local_part(head.bias, prefix + "bias", parallel, 0)
-    if isinstance(hidden, Tensor) and parallel.axis("vocab") is None:
-        dtype = hidden.dtype
-        weight, bias = gathered(weight, dtype, parallel), gathered(bias, dtype, parallel)
+    weight, bias = (
+        _whole_slice(x, prefix + name, hidden, parallel)
+        for x, name in ((weight, "weight"), (head.bias, "bias"))
+    )
     checks.require_tensors(**{prefix + "weight": weight})
     shard = Shard.of(parallel, weight.shape[0] if weight.dim() else 0, weight.device)
     if shard is not None and isinstance(hidden, Tensor):
         hidden = shard.hidden(hidden, prefix + "hidden")
     return hidden, weight, replace(head, bias=bias, shard=shard)
+
+
+def _whole_slice(x: Tensor | None, name: str, hidden: Tensor, parallel: Parallel) -> Tensor | None:
+    """Of a DTensor all that this rank multiplies with, where the axes say what that is."""
+    if isinstance(hidden, Tensor):
+        x = gathered(x, name, hidden.dtype, parallel)
+    return local_part(x, name, parallel, 0)
 
 
 def check_sliced(head: Head, capturable: bool, gradient_tolerance: float) -> None:
