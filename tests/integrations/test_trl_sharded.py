@@ -13,7 +13,7 @@ import pytest
 import torch
 import trl_tiny as tiny
 from torch.testing import assert_close
-from trl_sharded import CASES, MODELS, OF_ENGINE, RESUMED, WORLDS, read, result
+from trl_sharded import CASES, METHODS, MODELS, OF_ENGINE, RESUMED, SPLIT, WORLDS, read, result
 
 SCRIPT = Path(__file__).with_name("trl_sharded.py")
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
@@ -96,6 +96,19 @@ def test_trl_alone_trains_a_saved_head_with_wrong_gradients_under_fsdp2(folder, 
     two, one = read(folder, "fsdp2", name)["log"], in_one(name)["log"]
     assert two[0][0] == pytest.approx(one[0][0], rel=1e-4)  # the loss
     assert two[0][1] != pytest.approx(one[0][1], rel=0.1)  # the gradient's norm
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("axis", SPLIT)
+def test_what_splits_rows_or_the_vocabulary_is_refused_before_training(folder, ran, axis, name):
+    """By TRL already, if the method is GRPO. Where TRL alone does not fail, there is something to
+    support."""
+    ran(SPLIT[axis][0])
+    errors = read(folder, axis, name)
+    theirs = name == "grpo" and axis != "tp"
+    assert errors["ours"].startswith("ValueError: ")
+    assert ("GRPOTrainer does not support" if theirs else f"{axis}_size=2: ") in errors["ours"]
+    assert "Error: " in errors["TRL's"]
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import trl_tiny as tiny
+from accelerate import ParallelismConfig
 from gloo_engines import engine
 from peft import LoraConfig
 from torch.distributed.tensor import DTensor
@@ -92,6 +93,7 @@ CASES = {
     "grpo adapter": Case("GRPO", "adapter", options={"beta": 0.0}),
     "grpo lora saved": Case("GRPO", lora="saved"),
 }
+METHODS = ("dpo", "kto", "grpo")
 #: What each engine trains; "ddp" and "zero2" for KTO, whose pairs
 #: depend on the number of processes.
 OF_ENGINE = {
@@ -126,6 +128,9 @@ SETTINGS = {
     "zero3 persistent": {"stage3_param_persistence_threshold": 1000},
     "fsdp2 loading once": {"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"},
 }
+#: Axes of accelerate's parallelism that split what TRL's losses need whole, each with the world and
+#: the engine that it runs in.
+SPLIT = {"cp": ("plain", "fsdp2"), "tp": ("plain", "gpus"), "sp": ("deepspeed", "zero2")}
 MODELS = ("llama", "tied")
 
 
@@ -180,6 +185,24 @@ def resumed(folder: Path, name: str, case: str) -> dict[str, Any]:
     return found
 
 
+def refused(folder: Path, axis: str, case: str) -> dict[str, str]:
+    """What our trainer raises when it is built with this axis, and TRL's alone by the time it
+    trains; empty where it raises nothing."""
+    found = {}
+    for whose in ("ours", "TRL's"):
+        try:
+            with engine(SPLIT[axis][1]) as options:
+                options["parallelism_config"] = ParallelismConfig(**{f"{axis}_size": 2})
+                options["humanline"] = whose == "ours"
+                run = CASES[case].build(folder, f"{axis} {case}", 2, **options)
+                if whose == "TRL's":
+                    run.train()
+            found[whose] = ""
+        except Exception as error:
+            found[whose] = f"{type(error).__name__}: {error}"
+    return found
+
+
 def main(folder: Path, world: str, only: list[str]) -> None:
     for name in WORLDS[world]:
         for case in only or OF_ENGINE[name]:
@@ -197,6 +220,11 @@ def main(folder: Path, world: str, only: list[str]) -> None:
                 found = {"error": traceback.format_exc()}
             rank = os.environ["RANK"]
             torch.save(found, place(folder, name, f"{case} resumed {rank}"))
+    for axis in (axis for axis in SPLIT if SPLIT[axis][0] == world):
+        for case in METHODS:
+            found = refused(folder, axis, case)
+            if os.environ["RANK"] == "0":
+                torch.save(found, place(folder, axis, case))
 
 
 if __name__ == "__main__":
