@@ -1,9 +1,10 @@
 """A pretrained model whose last blocks train, at the cost of those: the others' work is done once.
 
-The blocks below are frozen, hence what they make of a text never changes. Where a completion is
-sampled their hidden states are kept, and training, scoring and measuring read only the last blocks.
-All prompts begin alike: that part is read once a forward, whatever the number of prompts, and a
-prompt once for all of its completions. The head is frozen too (it is tied to the embedding).
+The blocks below are frozen, hence what they make of a text never changes. Prompts they read once;
+where a completion is sampled their hidden states are kept, and training, scoring and measuring read
+only the last blocks. All prompts begin alike: that part is read once a forward, whatever the number
+of prompts, and a prompt once for all of its completions. The head is frozen too (it is tied to the
+embedding).
 """
 
 import copy
@@ -40,6 +41,28 @@ class Texts:
     @staticmethod
     def cat(parts: list["Texts"]) -> "Texts":
         return Texts(*map(torch.cat, zip(*(vars(part).values() for part in parts), strict=True)))
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Prompts as the frozen blocks leave them.
+
+    Attributes:
+        states: ``[P, T, H]`` of what follows the common beginning.
+        cache: keys and values, of the common beginning too.
+    """
+
+    states: Tensor
+    cache: DynamicCache
+
+    def __len__(self) -> int:
+        return len(self.states)
+
+    def __getitem__(self, rows: slice) -> "Prompts":
+        """Some of them; what is appended to their cache is not to this one."""
+        cache = copy.deepcopy(self.cache)
+        cache.batch_select_indices(torch.arange(len(self))[rows])
+        return Prompts(self.states[rows], cache)
 
 
 class Policy(nn.Module):
@@ -101,11 +124,11 @@ class Frozen:
         """Hidden states ``[P, t, H]`` of tokens ``[P, t]``, and keys and values."""
         return _read(self.body, self.embedding(ids), cache)
 
-    def read_prompts(self, ids: Tensor) -> tuple[Tensor, DynamicCache]:
-        """The same, of what follows the common beginning."""
+    def read_prompts(self, ids: Tensor) -> Prompts:
+        """Of tokens ``[P, T]``, without the common beginning."""
         cache = copy.deepcopy(self.cache)
         cache.batch_repeat_interleave(len(ids))
-        return self.read(ids, cache)
+        return Prompts(*self.read(ids, cache))
 
 
 def split(model: PreTrainedModel, blocks: int, beginning: Tensor) -> tuple[Frozen, Policy]:
@@ -140,16 +163,16 @@ def _with_blocks(whole: nn.Module, layers, norm: nn.Module) -> nn.Module:
 def sample(
     frozen: Frozen,
     policy: Policy,
-    prompts: Tensor,
+    prompts: Prompts,
     each: int,
     tokens: int,
     end: int,
     generator: torch.Generator,
 ) -> Texts:
-    """``each`` completions of prompts ``[P, T]`` (without the common beginning) at temperature 1,
-    of at most so many tokens; one that has not ended by then is cut."""
-    below, frozen_cache = frozen.read_prompts(prompts)
-    last, cache = policy.read(below)
+    """``each`` completions of prompts at temperature 1, of at most so many tokens; one that has not
+    ended by then is cut. What it reads is appended to the prompts' cache."""
+    last, cache = policy.read(prompts.states)
+    frozen_cache = prompts.cache
     frozen_cache.batch_repeat_interleave(each)
     cache.batch_repeat_interleave(each)
     last = last.repeat_interleave(each, 0)
@@ -167,13 +190,13 @@ def sample(
             states.append(state)
             last, _ = _read(policy.body, state, cache)
     drawn = torch.cat(states, 1), torch.cat(ids, 1), torch.cat(mask, 1), torch.cat(logps, 1)
-    return Texts(below, *(x.unflatten(0, (len(prompts), each)) for x in drawn))
+    return Texts(prompts.states, *(x.unflatten(0, (len(prompts), each)) for x in drawn))
 
 
 def known(frozen: Frozen, prompts: Tensor, ids: Tensor) -> Texts:
     """One completion ``[P, C]`` of each prompt ``[P, T]``, as :func:`sample` would return it."""
-    below, cache = frozen.read_prompts(prompts)
-    states, _ = frozen.read(ids[:, :-1], cache)
+    read = frozen.read_prompts(prompts)
+    states, _ = frozen.read(ids[:, :-1], read.cache)
     ids, states = ids[:, None], states[:, None]
     mask = torch.ones_like(ids, dtype=torch.bool)
-    return Texts(below, states, ids, mask, torch.zeros(ids.shape))
+    return Texts(read.states, states, ids, mask, torch.zeros(ids.shape))

@@ -77,9 +77,7 @@ def grid(config: dict[str, Any], objective: str) -> list[Arm]:
     arms = [Arm(objective, 1, PLAIN, 0)]
     arms += [Arm(objective, every, PLAIN, 0) for every in rare]
     arms += [Arm(objective, n, m, first) for m in (HUMANLINE, SYNC, NARROW) for n in rare]
-    for k in others:
-        arms += [Arm(objective, n, method, k) for method in (HUMANLINE, SYNC) for n in rare]
-    return arms
+    return arms + [Arm(objective, n, HUMANLINE, k) for k in others for n in rare]
 
 
 # Data
@@ -172,24 +170,41 @@ def build_world(folder: str, config: dict[str, Any], seed: int) -> World:
     beginning = frozen.beginning.shape[1]
     prompts = encode(tokenizer, train)[:, beginning:]
     draws = torch.Generator().manual_seed(seed)
-    pool = draw(frozen, policy, prompts, config, tokenizer.eos_token_id, draws)
+    read = read_prompts(frozen, prompts, config)
+    span = slice(0, len(prompts))
+    pool = draw(frozen, policy, read, span, config, tokenizer.eos_token_id, draws)
     right = blocks.known(
         frozen, encode(tokenizer, measured)[:, beginning:], answers(tokenizer, measured)
     )
     return World(prompts, answers(tokenizer, train), pool, right, draws.get_state())
 
 
-def draw(frozen, policy, prompts, config, end, generator) -> blocks.Texts:
-    """Completions of the prompts, a few of these at a time."""
-    options = config["task"]
-    return blocks.Texts.cat(
-        [
-            blocks.sample(
-                frozen, policy, few, options["samples"], options["tokens"], end, generator
+def read_prompts(
+    frozen: blocks.Frozen, prompts: Tensor, config: dict[str, Any]
+) -> list[blocks.Prompts]:
+    """As many at a time as are drawn from."""
+    return [frozen.read_prompts(few) for few in prompts.split(config["task"]["at_once"])]
+
+
+def draw(frozen, policy, read, span: slice, config, end, generator) -> blocks.Texts:
+    """Completions of some of the prompts, a few of these at a time."""
+    options, size = config["task"], config["task"]["at_once"]
+    parts = []
+    for start in range(0, size * len(read), size):
+        few = slice(max(span.start - start, 0), max(span.stop - start, 0))
+        if few.start < size and few.stop:
+            parts.append(
+                blocks.sample(
+                    frozen,
+                    policy,
+                    read[start // size][few],
+                    options["samples"],
+                    options["tokens"],
+                    end,
+                    generator,
+                )
             )
-            for few in prompts.split(options["at_once"])
-        ]
-    )
+    return blocks.Texts.cat(parts)
 
 
 @functools.cache
@@ -209,9 +224,17 @@ def world(folder: str, seed: int) -> World:
     return World(**stored, **texts)
 
 
+@functools.lru_cache(1)
+def prompts_read(folder: str, seed: int) -> list[blocks.Prompts]:
+    """Of a seed's prompts: 0.7 GB by estimate, and in every draw half of its time."""
+    config = read_config(CONFIG)
+    return read_prompts(parts(folder, config)[0], world(folder, seed).prompts, config)
+
+
 def steps(
     arm: Arm,
     world: World,
+    read: list[blocks.Prompts],
     frozen: blocks.Frozen,
     policy: blocks.Policy,
     config: dict[str, Any],
@@ -232,7 +255,7 @@ def steps(
             texts = world.pool[span]
         else:
             policy.eval()
-            texts = draw(frozen, policy, world.prompts[span], config, end, generator)
+            texts = draw(frozen, policy, read, span, config, end, generator)
             cost["sampling_seconds"] += time.process_time() - start
             cost["tokens_sampled"] += int(texts.mask.sum())
         rewards = right(texts, world.answers[span])
@@ -306,6 +329,7 @@ def make_objective(arm: Arm, options: dict[str, Any], bound: float | None) -> hl
 def train(
     arm: Arm,
     world: World,
+    read: list[blocks.Prompts],
     frozen: blocks.Frozen,
     policy: blocks.Policy,
     config: dict[str, Any],
@@ -326,7 +350,7 @@ def train(
     cost |= dict.fromkeys(("tokens_sampled", "trained_on"), 0)
     pairing = torch.Generator().manual_seed(seed + 2)
     curve, mean_rewards, unclamped, early = [], [], [], []
-    source = steps(arm, world, frozen, policy, config, end, cost)
+    source = steps(arm, world, read, frozen, policy, config, end, cost)
     for step, (texts, rewards) in enumerate(source):
         if step % recipe["evaluate_every"] == 0:
             curve.append(measure(policy, world.measured))
@@ -397,7 +421,8 @@ def execute(run: Run) -> dict[str, Any]:
     frozen, policy = parts(folder, config)
     torch.manual_seed(seed)
     end = model(folder)[1].eos_token_id
-    result = train(arm, shared, frozen, policy, config, seed, lr, bound, end)
+    read = prompts_read(folder, seed)
+    result = train(arm, shared, read, frozen, policy, config, seed, lr, bound, end)
     head = {"arm": str(arm), "seed": seed, "lr": lr, "bound": bound}
     where = {"device": device_name("cpu"), "torch": torch.__version__.split("+")[0]}
     return head | {"recipe": recipe(config)} | where | result
