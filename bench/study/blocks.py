@@ -193,10 +193,10 @@ def sample(
     return Texts(prompts.states, *(x.unflatten(0, (len(prompts), each)) for x in drawn))
 
 
-def known(frozen: Frozen, prompts: Tensor, ids: Tensor) -> Texts:
-    """One completion ``[P, C]`` of each prompt ``[P, T]``, as :func:`sample` would return it."""
-    read = frozen.read_prompts(prompts)
-    states, _ = frozen.read(ids[:, :-1], read.cache)
-    ids, states = ids[:, None], states[:, None]
-    mask = torch.ones_like(ids, dtype=torch.bool)
-    return Texts(read.states, states, ids, mask, torch.zeros(ids.shape))
+def known(frozen: Frozen, prompts: Prompts, ids: Tensor, mask: Tensor) -> Texts:
+    """Given completions ``[P, G, C]`` of prompts, as :func:`sample` would return them, but for the
+    log-probs. What it reads is appended to the prompts' cache."""
+    prompts.cache.batch_repeat_interleave(ids.shape[1])
+    states, _ = frozen.read(ids[:, :, :-1].flatten(0, 1), prompts.cache)
+    states = states.unflatten(0, ids.shape[:2])
+    return Texts(prompts.states, states, ids, mask, torch.zeros(ids.shape))

@@ -1,23 +1,27 @@
 """Sampling rarely, on a pretrained model: how often must the policy's own completions be fresh?
 
     python -m bench.study.freshness [--jobs N] [--objective GRPO]    results/freshness.jsonl
+    python -m bench.study.freshness --rules judged [--jobs N]        results/judged.jsonl
 
-Every arm trains on the same prompts in the same order and draws the same number of completions;
-it draws those of its next n steps at once, so that only their age differs. Every run is a line,
-written as it ends: after an interruption the same command goes on with the runs that are missing,
-those that the main contrasts need first. A process uses one thread and 1.5 GB. Rules are in
-freshness.json; ``python -m bench.study.freshness_report`` writes the report.
+With the rules of freshness.json answers are right or wrong; with those of judged.json nobody knows,
+and a judge who errs compares two (judge.py). Every arm trains on the same prompts in the same order
+and draws the same number of completions; it draws those of its next n steps at once, so that only
+their age differs. Every run is a line, written as it ends: after an interruption the same command
+goes on with the runs that are missing, those that the main contrasts need first. A process uses one
+thread and some 3 GB (an estimate). ``python -m bench.study.freshness_report`` writes the reports.
 """
 
 import argparse
 import copy
 import functools
+import itertools
 import math
 import random
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,18 +30,32 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import humanline as hl
 from bench.environment import device_name
-from bench.study import blocks
+from bench.study import blocks, judge
 from bench.study.run import HERE, RESULTS, WORLDS, added, read_config, read_results, recipe, workers
 from humanline.reference import ReferenceCopy
 from humanline.training import arithmetic, data
 from humanline.training.config import TrainConfig
 from humanline.training.model import model_folder
 
-CONFIG, LINES = HERE / "freshness.json", RESULTS / "freshness.jsonl"
+RULES = "freshness", "judged"
 PLAIN, SYNC, HUMANLINE, NARROW = "plain", "sync only", "humanline", "narrow humanline"
 
 #: Of the methods that clip, the share of tokens that lay within the bounds in the twin's drift.
 WITHIN = {HUMANLINE: "drift_quantile", NARROW: "narrow_quantile"}
+
+
+def config_of(rules: str) -> dict[str, Any]:
+    return read_config(HERE / f"{rules}.json")
+
+
+def lines_of(rules: str) -> Path:
+    """Where its runs are."""
+    return RESULTS / f"{rules}.jsonl"
+
+
+def slope_of(config: dict[str, Any]) -> float | None:
+    """Of the judge who compares answers; None where these are right or wrong."""
+    return config["task"].get("slope")
 
 
 @dataclass(frozen=True)
@@ -45,7 +63,7 @@ class Arm:
     """One cell of the grid.
 
     Args:
-        objective: "GRPO" or "DPO".
+        objective: "GRPO", "DPO" or "KTO".
         every: optimizer steps between draws of completions; 0: all are drawn before the first.
         method: "plain", "sync only", "humanline" or "narrow humanline".
         sync_every: optimizer steps between syncs; 0 for plain.
@@ -76,7 +94,7 @@ def grid(config: dict[str, Any], objective: str) -> list[Arm]:
     rare = [every for every in config["sample_every"] if every != 1]
     arms = [Arm(objective, 1, PLAIN, 0)]
     arms += [Arm(objective, every, PLAIN, 0) for every in rare]
-    arms += [Arm(objective, n, m, first) for m in (HUMANLINE, SYNC, NARROW) for n in rare]
+    arms += [Arm(objective, n, m, first) for m in config["methods"] for n in rare]
     return arms + [Arm(objective, n, HUMANLINE, k) for k in others for n in rare]
 
 
@@ -92,6 +110,8 @@ class World:
         answers: tokens ``[steps · P, C]`` of the right answers, ended.
         pool: completions of all of them, drawn from the model before training.
         measured: right answers to the questions to measure with.
+        wrong: where answers are judged, how many digits ``[P, G]`` are wrong in those that the
+            model gives to these questions before training.
         draws: state of the generator after the pool was drawn.
     """
 
@@ -99,6 +119,7 @@ class World:
     answers: Tensor
     pool: blocks.Texts
     measured: blocks.Texts
+    wrong: Tensor | None
     draws: Tensor
 
 
@@ -171,12 +192,16 @@ def build_world(folder: str, config: dict[str, Any], seed: int) -> World:
     prompts = encode(tokenizer, train)[:, beginning:]
     draws = torch.Generator().manual_seed(seed)
     read = read_prompts(frozen, prompts, config)
-    span = slice(0, len(prompts))
-    pool = draw(frozen, policy, read, span, config, tokenizer.eos_token_id, draws)
-    right = blocks.known(
-        frozen, encode(tokenizer, measured)[:, beginning:], answers(tokenizer, measured)
-    )
-    return World(prompts, answers(tokenizer, train), pool, right, draws.get_state())
+    end = tokenizer.eos_token_id
+    pool = draw(frozen, policy, read, slice(0, len(prompts)), config, end, draws)
+    again = encode(tokenizer, measured)[:, beginning:]
+    right = answers(tokenizer, measured)[:, None]
+    every = torch.ones_like(right, dtype=torch.bool)
+    texts, wrong = blocks.known(frozen, frozen.read_prompts(again), right, every), None
+    if slope_of(config) is not None:
+        told = answer(frozen, policy, read_prompts(frozen, again, config), config, end)
+        wrong = judge.wrong_digits(told, right[:, 0])
+    return World(prompts, answers(tokenizer, train), pool, texts, wrong, draws.get_state())
 
 
 def read_prompts(
@@ -186,32 +211,33 @@ def read_prompts(
     return [frozen.read_prompts(few) for few in prompts.split(config["task"]["at_once"])]
 
 
-def draw(frozen, policy, read, span: slice, config, end, generator) -> blocks.Texts:
-    """Completions of some of the prompts, a few of these at a time."""
-    options, size = config["task"], config["task"]["at_once"]
-    parts = []
+def some(read: list[blocks.Prompts], span: slice, size: int) -> Iterator[blocks.Prompts]:
+    """Those in a span, at most ``size`` at a time, as many as were read together."""
     for start in range(0, size * len(read), size):
         few = slice(max(span.start - start, 0), max(span.stop - start, 0))
         if few.start < size and few.stop:
-            parts.append(
-                blocks.sample(
-                    frozen,
-                    policy,
-                    read[start // size][few],
-                    options["samples"],
-                    options["tokens"],
-                    end,
-                    generator,
-                )
-            )
-    return blocks.Texts.cat(parts)
+            yield read[start // size][few]
+
+
+def draw(frozen, policy, read, span: slice, config, end, generator) -> blocks.Texts:
+    """Completions of some of the prompts, a few of these at a time."""
+    options = config["task"]
+    how = options["samples"], options["tokens"], end, generator
+    prompts = some(read, span, options["at_once"])
+    return blocks.Texts.cat([blocks.sample(frozen, policy, few, *how) for few in prompts])
+
+
+def answer(frozen, policy, read, config, end) -> blocks.Texts:
+    """Completions of all prompts, by the same draws whenever it is called."""
+    span = slice(0, sum(map(len, read)))
+    return draw(frozen, policy, read, span, config, end, torch.Generator().manual_seed(0))
 
 
 @functools.cache
-def world(folder: str, seed: int) -> World:
+def world(rules: str, folder: str, seed: int) -> World:
     """Built at the first call and read from ``runs/`` at later ones."""
-    config = read_config(CONFIG)
-    path = WORLDS / f"freshness-{recipe(config)}-{seed}.pt"
+    config = config_of(rules)
+    path = WORLDS / f"{rules}-{recipe(config)}-{seed}.pt"
     if not path.exists():
         WORLDS.mkdir(parents=True, exist_ok=True)
         built = vars(build_world(folder, config, seed))
@@ -224,26 +250,44 @@ def world(folder: str, seed: int) -> World:
     return World(**stored, **texts)
 
 
+@dataclass(frozen=True)
+class Run:
+    """What a run is made of, beside its policy.
+
+    Attributes:
+        read: the world's prompts.
+        asked: where answers are judged, the questions to measure with.
+        end: the token that ends a completion.
+    """
+
+    config: dict[str, Any]
+    world: World
+    frozen: blocks.Frozen
+    read: list[blocks.Prompts]
+    asked: list[blocks.Prompts]
+    end: int
+
+
 @functools.lru_cache(1)
-def prompts_read(folder: str, seed: int) -> list[blocks.Prompts]:
-    """Of a seed's prompts: 0.7 GB by estimate, and in every draw half of its time."""
-    config = read_config(CONFIG)
-    return read_prompts(parts(folder, config)[0], world(folder, seed).prompts, config)
+def run_of(rules: str, folder: str, seed: int) -> Run:
+    """The same of all runs of a seed. That prompts are read once takes more memory than the model
+    does; by estimate, reading them for each draw would double the time of sampling."""
+    config, shared = config_of(rules), world(rules, folder, seed)
+    tokenizer, (frozen, _) = model(folder)[1], parts(folder, config)
+    asked_again = []
+    if slope_of(config) is not None:
+        ids = encode(tokenizer, asked(seed, config)[1])[:, frozen.beginning.shape[1] :]
+        asked_again = read_prompts(frozen, ids, config)
+    read = read_prompts(frozen, shared.prompts, config)
+    return Run(config, shared, frozen, read, asked_again, tokenizer.eos_token_id)
 
 
 def steps(
-    arm: Arm,
-    world: World,
-    read: list[blocks.Prompts],
-    frozen: blocks.Frozen,
-    policy: blocks.Policy,
-    config: dict[str, Any],
-    end: int,
-    cost: dict[str, float],
-) -> Iterator[tuple[blocks.Texts, Tensor]]:
-    """Completions of each step and the rewards ``[P, G]`` they get: 1 for the right number and
-    nothing else."""
-    recipe = config["training"]
+    arm: Arm, run: Run, policy: blocks.Policy, cost: dict[str, float]
+) -> Iterator[tuple[blocks.Texts, Tensor, slice]]:
+    """Completions of each step, the rewards ``[P, G]`` they get, and which of the prompts they are
+    of. A reward is 1 for the right number and nothing else, or minus the wrong digits."""
+    recipe, world = run.config["training"], run.world
     total, size = recipe["steps"], recipe["prompts"]
     every = arm.every or total
     generator = torch.Generator()
@@ -255,13 +299,17 @@ def steps(
             texts = world.pool[span]
         else:
             policy.eval()
-            texts = draw(frozen, policy, read, span, config, end, generator)
+            texts = draw(run.frozen, policy, run.read, span, run.config, run.end, generator)
             cost["sampling_seconds"] += time.process_time() - start
             cost["tokens_sampled"] += int(texts.mask.sum())
-        rewards = right(texts, world.answers[span])
+        answers = world.answers[span]
+        if slope_of(run.config) is not None:
+            rewards = -judge.wrong_digits(texts, answers).float()
+        else:
+            rewards = right(texts, answers)
         for step in range(0, len(rewards), size):
             few = slice(step, step + size)
-            yield texts[few], rewards[few]
+            yield texts[few], rewards[few], slice(span.start + step, span.start + step + size)
 
 
 def right(texts: blocks.Texts, answers: Tensor) -> Tensor:
@@ -279,22 +327,46 @@ class Batch:
         texts: read whole, each prompt once.
         rows: which of the completions ``[P·G]`` count, for DPO the chosen ones first.
         arguments: the objective's own.
+        mismatched: how many of the rows, the last ones, are completions of other prompts.
     """
 
     texts: blocks.Texts
     rows: Tensor
     arguments: dict[str, Any]
+    mismatched: int = 0
 
     @property
     def mask(self) -> Tensor:
         return self.texts.mask.flatten(0, 1)[self.rows]
 
+    def loss(
+        self, objective: hl.Objective, logps: Tensor, ref_logps: Tensor | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """And statistics, of log-probs ``[S, C]`` of its rows."""
+        own, given = len(self.rows) - self.mismatched, dict(self.arguments)
+        if self.mismatched:
+            given["kl_logps"], given["kl_ref_logps"] = logps[own:], ref_logps[own:]
+            given["kl_mask"] = self.mask[own:]
+        ref_logps = None if ref_logps is None else ref_logps[:own]
+        return objective.from_logps(logps[:own], ref_logps, self.mask[:own], **given)
+
 
 def make_batch(
-    arm: Arm, texts: blocks.Texts, rewards: Tensor, generator: torch.Generator
+    arm: Arm,
+    texts: blocks.Texts,
+    rewards: Tensor,
+    slope: float | None,
+    others: Callable[[], blocks.Texts],
+    generator: torch.Generator,
 ) -> Batch | None:
-    """GRPO takes all completions; DPO a right and a wrong one, drawn at random, of each prompt that
-    has both (None: there is no such prompt, and nothing to learn from)."""
+    """GRPO takes all completions, DPO and KTO a better and a worse one of each prompt that has
+    such (None: there is no such prompt, and nothing to learn from).
+
+    Args:
+        slope: of the judge who says which of two is better; None: a right one is better than a
+            wrong one.
+        others: the completions of other prompts, read after these: KTO's mismatched pairs.
+    """
     prompts, each = rewards.shape
     if arm.objective == "GRPO":
         advantages = (rewards - rewards.mean(1, True)) / (rewards.std(1, keepdim=True) + 1e-4)
@@ -302,15 +374,41 @@ def make_batch(
         if arm.method == PLAIN:
             arguments["old_logps"] = texts.logps.flatten(0, 1)
         return Batch(texts, torch.arange(prompts * each), arguments)
+    if slope is None:
+        of, chosen, rejected = right_and_wrong(rewards, generator)
+        texts = texts[of]
+    else:
+        chosen, rejected = judge.pairs(-rewards, slope, generator)
+    start = torch.arange(len(chosen)) * each
+    rows = torch.cat([start + chosen, start + rejected])
+    if not len(rows):
+        return None
+    if arm.objective == "DPO":
+        return Batch(texts, rows, {})
+    desirable = torch.arange(len(rows)) < len(chosen)
+    both = blocks.Texts.cat([texts, others()])
+    rows = torch.cat([rows, rows + len(texts.ids) * each])
+    return Batch(both, rows, {"desirable": desirable}, len(desirable))
+
+
+def right_and_wrong(rewards: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Which prompts have both, and of each a right and a wrong completion, drawn at random."""
     lottery = torch.rand(rewards.shape, generator=generator)
     both = (rewards.any(1) & ~rewards.all(1)).nonzero()[:, 0]
-    if not len(both):
-        return None
     good = rewards[both].bool()
     chosen = lottery[both].masked_fill(~good, -1).argmax(1)
     rejected = lottery[both].masked_fill(good, -1).argmax(1)
-    start = torch.arange(len(both)) * each
-    return Batch(texts[both], torch.cat([start + chosen, start + rejected]), {})
+    return both, chosen, rejected
+
+
+def mismatched(run: Run, texts: blocks.Texts, span: slice) -> blocks.Texts:
+    """Each prompt with the completions of the one before it."""
+    ids, mask = iter(texts.ids.roll(1, 0)), iter(texts.mask.roll(1, 0))
+    parts = []
+    for prompts in some(run.read, span, run.config["task"]["at_once"]):
+        few = (torch.stack(list(itertools.islice(x, len(prompts)))) for x in (ids, mask))
+        parts.append(blocks.known(run.frozen, prompts, *few))
+    return blocks.Texts.cat(parts)
 
 
 def score(policy: blocks.Policy, batch: Batch) -> Tensor:
@@ -327,41 +425,32 @@ def make_objective(arm: Arm, options: dict[str, Any], bound: float | None) -> hl
 
 
 def train(
-    arm: Arm,
-    world: World,
-    read: list[blocks.Prompts],
-    frozen: blocks.Frozen,
-    policy: blocks.Policy,
-    config: dict[str, Any],
-    seed: int,
-    lr: float,
-    bound: float | None,
-    end: int,
+    arm: Arm, run: Run, policy: blocks.Policy, seed: int, lr: float, bound: float | None
 ) -> dict[str, Any]:
     """Train in place; what came of it, as a JSON object. A run whose loss is not finite ends there
-    and counts as right on no question."""
-    recipe = config["training"]
+    and counts as worth nothing."""
+    config, recipe, slope = run.config, run.config["training"], slope_of(run.config)
     trained = list(policy.body.requires_grad_(True).parameters())
     objective = make_objective(arm, config["objectives"][arm.objective], bound)
     optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.0, fused=True)
-    needs_reference = arm.method != PLAIN or arm.objective == "DPO"
+    needs_reference = arm.method != PLAIN or arm.objective != "GRPO"
     reference = ReferenceCopy(policy, score, arm.sync_every) if needs_reference else None
     cost = dict.fromkeys(("sampling_seconds", "training_seconds"), 0.0)
     cost |= dict.fromkeys(("tokens_sampled", "trained_on"), 0)
     pairing = torch.Generator().manual_seed(seed + 2)
     curve, mean_rewards, unclamped, early = [], [], [], []
-    source = steps(arm, world, read, frozen, policy, config, end, cost)
-    for step, (texts, rewards) in enumerate(source):
+    for step, (texts, rewards, span) in enumerate(steps(arm, run, policy, cost)):
         if step % recipe["evaluate_every"] == 0:
-            curve.append(measure(policy, world.measured))
+            curve.append(measure(policy, run))
         start = time.process_time()
         mean_rewards.append(rewards.mean().item())
-        batch = make_batch(arm, texts, rewards, pairing)
+        others = functools.partial(mismatched, run, texts, span)
+        batch = make_batch(arm, texts, rewards, slope, others, pairing)
         if batch is None:
             continue
         [ref_logps] = reference.scores([batch]) if reference else [None]
         logps = score(policy, batch)
-        loss, stats = objective.from_logps(logps, ref_logps, batch.mask, **batch.arguments)
+        loss, stats = batch.loss(objective, logps, ref_logps)
         if not math.isfinite(loss.item()):
             break
         loss.backward()
@@ -373,21 +462,20 @@ def train(
         optimizer.step()
         optimizer.zero_grad()
         cost["training_seconds"] += time.process_time() - start
-        cost["trained_on"] += len(batch.rows)
+        cost["trained_on"] += len(batch.rows) - batch.mismatched
         if step and ref_logps is not None:  # at first the reference is the policy
             unclamped.append(float(stats["humanline/unclamped"]))
             if step <= config["tuning"]["drift_steps"]:
                 early.append((logps.detach() - ref_logps)[batch.mask].abs())
     else:
-        curve.append(measure(policy, world.measured))
+        curve.append(measure(policy, run))
     evaluations = recipe["steps"] // recipe["evaluate_every"] + 1
-    curve += [(0.0, 0.0)] * (evaluations - len(curve))  # a run that broke off
     result = {
-        "pass@1": [round(sampled, 5) for sampled, _ in curve],
-        "greedy": [round(greedy, 5) for _, greedy in curve],
-        "reward": round(statistics.mean(mean_rewards), 4),
-        **{name: round(value, 2) for name, value in cost.items()},
+        name: [round(found[name], 5) for found in curve] + [0.0] * (evaluations - len(curve))
+        for name in config["analysis"]["measures"]
     }
+    result |= {"reward": round(statistics.mean(mean_rewards), 4)}
+    result |= {name: round(value, 2) for name, value in cost.items()}
     if early:
         ratios, tuning = torch.cat(early), config["tuning"]
         drift = {name: ratios.quantile(tuning[name]).item() for name in WITHIN.values()}
@@ -396,36 +484,42 @@ def train(
 
 
 @torch.no_grad()
-def measure(policy: blocks.Policy, texts: blocks.Texts) -> tuple[float, float]:
+def measure(policy: blocks.Policy, run: Run) -> dict[str, float]:
     """Mean probability of the right answers (Pass@1 at temperature 1, exact: there is one answer)
-    and the share that greedy decoding gives."""
-    sampled, greedy = [], []
+    and the share that greedy decoding gives; where answers are judged, how often one that is drawn
+    wins against one of the model before training."""
+    texts, sampled, greedy = run.world.measured, [], []
     for start in range(0, len(texts.ids), 60):
         few = texts[start : start + 60]
         scores = (policy.hidden(few) @ policy.weight.T).log_softmax(-1)
         ids = few.ids.flatten(0, 1)
         sampled.append(scores.gather(2, ids[:, :, None])[:, :, 0].sum(1).exp())
         greedy.append((scores.argmax(2) == ids).all(1))
-    return torch.cat(sampled).mean().item(), torch.cat(greedy).double().mean().item()
+    found = {
+        "pass@1": torch.cat(sampled).mean().item(),
+        "greedy": torch.cat(greedy).double().mean().item(),
+    }
+    if (slope := slope_of(run.config)) is not None:
+        told = answer(run.frozen, policy, run.asked, run.config, run.end)
+        wrong = judge.wrong_digits(told, texts.ids[:, 0])
+        found["win rate"] = judge.win_rate(wrong, run.world.wrong, slope)
+    return found
 
 
-Run = tuple[Arm, int, float, float | None]  # arm, seed, learning rate, clip bound
+Job = tuple[Arm, int, float, float | None]  # arm, seed, learning rate, clip bound
 
 
-def execute(run: Run) -> dict[str, Any]:
+def execute(rules: str, job: Job) -> dict[str, Any]:
     """One run, in a worker process."""
-    arm, seed, lr, bound = run
-    config = read_config(CONFIG)
+    arm, seed, lr, bound = job
     folder = str(model_folder(TrainConfig()))
-    shared = world(folder, seed)
-    frozen, policy = parts(folder, config)
+    run = run_of(rules, folder, seed)
+    _, policy = parts(folder, run.config)
     torch.manual_seed(seed)
-    end = model(folder)[1].eos_token_id
-    read = prompts_read(folder, seed)
-    result = train(arm, shared, read, frozen, policy, config, seed, lr, bound, end)
+    result = train(arm, run, policy, seed, lr, bound)
     head = {"arm": str(arm), "seed": seed, "lr": lr, "bound": bound}
     where = {"device": device_name("cpu"), "torch": torch.__version__.split("+")[0]}
-    return head | {"recipe": recipe(config)} | where | result
+    return head | {"recipe": recipe(run.config)} | where | result
 
 
 # Which runs there are: each needs what earlier ones found
@@ -449,7 +543,8 @@ class Done(dict[tuple, dict[str, Any]]):
         runs = [
             self.get((str(arm), seed, lr, self.bound(arm, lr))) for seed in self.tuning["seeds"]
         ]
-        return None if None in runs else statistics.mean(r["pass@1"][-1] for r in runs)
+        measure = self.config["analysis"]["measures"][0]
+        return None if None in runs else statistics.mean(r[measure][-1] for r in runs)
 
     def tried(self, arm: Arm) -> tuple[dict[float, float | None], bool]:
         """Each rate's score, in their order, and whether that settles the arm's rate: the list is
@@ -481,7 +576,7 @@ def key(result: dict[str, Any]) -> tuple:
     return result["arm"], result["seed"], result["lr"], result["bound"]
 
 
-def wanted(done: Done, objective: str) -> list[Run]:
+def wanted(done: Done, objective: str) -> list[Job]:
     """The runs that can be named by now, those that are done too, in the order to run them."""
     config, runs = done.config, []
 
@@ -505,28 +600,30 @@ def wanted(done: Done, objective: str) -> list[Run]:
     return list(dict.fromkeys(runs))
 
 
-def run_all(config: dict[str, Any], objectives: list[str], jobs: int) -> None:
+def run_all(rules: str, objectives: list[str], jobs: int) -> None:
     """All runs that the file does not hold, added to it."""
+    config, lines = config_of(rules), lines_of(rules)
     for objective in objectives:
         with workers(jobs) as pool:
             while True:
-                done = Done(read_results(LINES, config), config)
+                done = Done(read_results(lines, config), config)
                 runs = wanted(done, objective)
                 missing = [run for run in runs if (str(run[0]), *run[1:]) not in done]
                 if not missing:
                     break
-                for _ in added(pool, execute, missing, LINES, list(done.values())):
+                one = functools.partial(execute, rules)
+                for _ in added(pool, one, missing, lines, list(done.values())):
                     pass
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--jobs", type=int, default=1, help="processes, of one thread each")
+    parser.add_argument("--rules", choices=RULES, default=RULES[0])
     parser.add_argument("--objective", help="only this one")
     args = parser.parse_args()
-    config = read_config(CONFIG)
-    objectives = [args.objective] if args.objective else list(config["objectives"])
-    run_all(config, objectives, args.jobs)
+    objectives = [args.objective] if args.objective else list(config_of(args.rules)["objectives"])
+    run_all(args.rules, objectives, args.jobs)
 
 
 if __name__ == "__main__":

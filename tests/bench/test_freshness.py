@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from bench.study import blocks, freshness, freshness_report
-from bench.study.run import read_config, read_results, recipe
+from bench.study import blocks, freshness, freshness_report, judge
+from bench.study.run import recipe
 
 END, BEGINNING = 2, 3
 
@@ -15,10 +15,20 @@ END, BEGINNING = 2, 3
 @pytest.fixture(scope="module")
 def config():
     """The committed rules with little to do."""
-    found = read_config(freshness.CONFIG)
+    return with_little_to_do(freshness.config_of("freshness"))
+
+
+@pytest.fixture(scope="module")
+def judged():
+    """With a judge who hardly errs."""
+    found = with_little_to_do(freshness.config_of("judged"))
+    return found | {"task": found["task"] | {"slope": 20.0}}
+
+
+def with_little_to_do(found):
     found["task"] |= {"blocks": 2, "tokens": 3, "at_once": 3, "samples": 6}
     found["training"] |= {"steps": 4, "prompts": 8, "evaluate_every": 2, "warmup": 1}
-    return found | {"sample_every": [1, 2, 0], "sync_every": [1, 2]}
+    return found | {"sample_every": [1, 2, 0], "sync_every": [*found["sync_every"][:1], 2]}
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +66,17 @@ def world(taken_apart, config, prompts):
     read = freshness.read_prompts(frozen, after, config)
     pool = freshness.draw(frozen, policy, read, slice(0, len(after)), config, END, draws)
     answers = torch.tensor([[3, END]]).expand(len(after), 2)
-    measured = blocks.known(frozen, after[:6], answers[:6])
-    return freshness.World(after, answers, pool, measured, draws.get_state())
+    first, right = frozen.read_prompts(after[:6]), answers[:6, None]
+    measured = blocks.known(frozen, first, right, torch.ones_like(right, dtype=torch.bool))
+    asked = freshness.read_prompts(frozen, after[:6], config)
+    wrong = judge.wrong_digits(freshness.answer(frozen, policy, asked, config, END), answers[:6])
+    return freshness.World(after, answers, pool, measured, wrong, draws.get_state())
+
+
+def made_of(world, frozen, config):
+    read = freshness.read_prompts(frozen, world.prompts, config)
+    asked = freshness.read_prompts(frozen, world.prompts[:6], config)
+    return freshness.Run(config, world, frozen, read, asked, END)
 
 
 def test_the_parts_are_the_model(model, taken_apart, prompts):
@@ -88,8 +107,7 @@ def test_a_right_answer_is_the_number_and_nothing_else(world):
 def run(arm, world, taken_apart, config, lr=1e-3):
     bound = 0.01 if arm.method in freshness.WITHIN else None
     frozen, policy = copy.deepcopy(taken_apart)
-    read = freshness.read_prompts(frozen, world.prompts, config)
-    return freshness.train(arm, world, read, frozen, policy, config, 0, lr, bound, END)
+    return freshness.train(arm, made_of(world, frozen, config), policy, 0, lr, bound)
 
 
 def test_every_arm_runs_and_the_same_again(world, taken_apart, config):
@@ -110,13 +128,12 @@ def test_only_the_age_of_completions_differs(world, taken_apart, config):
         arm = freshness.Arm("GRPO", every, freshness.PLAIN, 0)
         cost = {"sampling_seconds": 0.0, "tokens_sampled": 0}
         frozen, policy = taken_apart
-        read = freshness.read_prompts(frozen, world.prompts, config)
-        steps = list(freshness.steps(arm, world, read, frozen, policy, config, END, cost))
+        steps = list(freshness.steps(arm, made_of(world, frozen, config), policy, cost))
         assert len(steps) == config["training"]["steps"]
-        assert torch.equal(torch.cat([texts.prompts for texts, _ in steps]), world.pool.prompts)
+        assert torch.equal(torch.cat([texts.prompts for texts, *_ in steps]), world.pool.prompts)
         seen[every] = steps
         fresh = (every or len(steps)) * config["training"]["prompts"]
-        drawn = torch.cat([texts.ids for texts, _ in steps])
+        drawn = torch.cat([texts.ids for texts, *_ in steps])
         assert torch.equal(drawn[:fresh], world.pool.ids[:fresh])
         assert every == 0 or not torch.equal(drawn[fresh:], world.pool.ids[fresh:])
 
@@ -124,22 +141,70 @@ def test_only_the_age_of_completions_differs(world, taken_apart, config):
 def test_pairs_are_a_right_and_a_wrong_completion_of_one_prompt(world):
     arm = freshness.Arm("DPO", 0, freshness.PLAIN, 0)
     rewards = freshness.right(world.pool, world.answers)
-    batch = freshness.make_batch(arm, world.pool, rewards, torch.Generator().manual_seed(0))
+    draws = torch.Generator().manual_seed(0)
+    batch = freshness.make_batch(arm, world.pool, rewards, None, None, draws)
     of = rewards[(rewards.any(1) & ~rewards.all(1))].flatten()[batch.rows]
     chosen, rejected = batch.rows.chunk(2)
     assert of.tolist() == [1.0] * len(chosen) + [0.0] * len(rejected)
     each = rewards.shape[1]
     assert torch.equal(chosen // each, rejected // each)
     nothing = torch.ones_like(rewards)
-    assert freshness.make_batch(arm, world.pool, nothing, torch.Generator()) is None
+    assert freshness.make_batch(arm, world.pool, nothing, None, None, draws) is None
+
+
+def test_the_judge_prefers_fewer_wrong_digits_and_errs(world):
+    texts, answers = world.pool, world.answers
+    wrong = judge.wrong_digits(texts, answers)
+    for p, g in ((p, g) for p in range(len(answers)) for g in range(texts.ids.shape[1])):
+        written = [*texts.ids[p, g][texts.mask[p, g]].tolist(), None, None]
+        places = zip(written, answers[p].tolist(), strict=False)
+        assert wrong[p, g] == sum(mine != right for mine, right in places)
+    many = torch.tensor([[0, 0, 3, 3]]).expand(4000, 4)
+    chosen, rejected = judge.pairs(many, 1.0, torch.Generator().manual_seed(0))
+    assert (chosen != rejected).all()
+    ours, theirs = (many.gather(1, x[:, None])[:, 0] for x in (chosen, rejected))
+    better = (ours[ours != theirs] == 0).double().mean()
+    assert better == pytest.approx(0.953, abs=0.02)  # σ(3)
+    assert judge.win_rate(many[:1], many[:1], 1.0) == 0.5
+    none, three = torch.zeros(2, 1), torch.full((2, 3), 3.0)
+    assert judge.win_rate(none, three, 1.0) == pytest.approx(0.953, abs=0.001)
+
+
+def test_kto_takes_the_pair_and_reads_each_completion_after_another_prompt(
+    world, taken_apart, judged
+):
+    frozen, _ = taken_apart
+    whole = made_of(world, frozen, judged)
+    arm, span = freshness.Arm("KTO", 0, freshness.PLAIN, 0), slice(0, 3)
+    texts, draws = world.pool[span], torch.Generator().manual_seed(0)
+    rewards = -judge.wrong_digits(texts, world.answers[span]).float()
+
+    def others():
+        return freshness.mismatched(whole, texts, span)
+
+    batch = freshness.make_batch(arm, texts, rewards, 1.0, others, draws)
+    assert batch.arguments["desirable"].tolist() == [True] * 3 + [False] * 3
+    assert batch.mismatched == 6 == len(batch.rows) - 6
+    ids, prompts = batch.texts.ids, batch.texts.prompts
+    assert torch.equal(ids[3:], ids[:3].roll(1, 0)) and torch.equal(prompts[3:], prompts[:3])
+    again = blocks.known(frozen, next(freshness.some(whole.read, span, 3)), texts.ids, texts.mask)
+    torch.testing.assert_close(again.completions, texts.completions)  # read after their own
+
+
+def test_every_judged_arm_runs_and_learns(world, taken_apart, judged):
+    for objective in judged["objectives"]:
+        for arm in freshness.grid(judged, objective):
+            one, again = (run(arm, world, taken_apart, judged) for _ in range(2))
+            assert one["win rate"] == again["win rate"] and one["win rate"][0] == pytest.approx(0.5)
+            assert one["pass@1"][0] < one["pass@1"][-1]
 
 
 def test_a_run_that_diverges_counts_as_right_on_no_question(world, taken_apart, config):
     frozen, policy = taken_apart
     with torch.no_grad():
         policy.weight.fill_(float("nan"))
-    arm = freshness.Arm("GRPO", 0, freshness.PLAIN, 0)
-    broken = freshness.train(arm, world, [], frozen, policy, config, 0, 1e-3, None, END)
+    arm, whole = freshness.Arm("GRPO", 0, freshness.PLAIN, 0), made_of(world, frozen, config)
+    broken = freshness.train(arm, whole, policy, 0, 1e-3, None)
     assert broken["pass@1"][-1] == 0
 
 
@@ -170,7 +235,7 @@ def finished(config, objective, score):
 
 @pytest.fixture
 def rules():
-    return read_config(freshness.CONFIG)
+    return freshness.config_of("freshness")
 
 
 def best_at(lr):
@@ -191,7 +256,7 @@ def test_the_list_of_rates_is_lengthened_where_the_best_lies(rules):
 
 def test_bounds_are_the_twins_drift_and_all_runs_get_done(rules):
     done, _ = finished(rules, "GRPO", best_at(rules["tuning"]["lrs"][1]))
-    runs = freshness_report.Runs(done)
+    runs = freshness_report.Runs("freshness", done)
     arms = freshness.grid(rules, "GRPO")
     assert len(arms) == 19
     for arm in arms:
@@ -203,22 +268,23 @@ def test_bounds_are_the_twins_drift_and_all_runs_get_done(rules):
 
 def test_the_report_says_what_is_missing(rules):
     done, _ = finished(rules, "GRPO", best_at(rules["tuning"]["lrs"][1]))
-    text = freshness_report.report(freshness_report.Runs(done))
+    text = freshness_report.report(freshness_report.Runs("freshness", done))
     assert "**Unfinished: 95 of 190 final runs are done." in text
     assert text.count("Not run yet.") == 1  # DPO
     difference = "| every 64, humanline k=1 − every 1, plain | 5 | +0.000 ± 0.000 | **shown** |"
     assert difference in text
     some = {name: found for name, found in done.items() if name[1] != rules["seeds"][-1]}
     partly = freshness_report.report(
-        freshness_report.Runs(freshness.Done(list(some.values()), rules))
+        freshness_report.Runs("freshness", freshness.Done(list(some.values()), rules))
     )
     assert "| 4 | +0.000 ± 0.000 | seeds are missing |" in partly
     assert "**shown**" not in partly
 
 
-def test_the_committed_report_is_that_of_the_committed_runs(rules):
-    runs = freshness_report.Runs(freshness.Done(read_results(freshness.LINES, rules), rules))
-    written = (freshness_report.HERE / freshness_report.REPORT).read_text(encoding="utf-8")
+@pytest.mark.parametrize("name", freshness.RULES)
+def test_the_committed_report_is_that_of_the_committed_runs(name):
+    runs = freshness_report.read(name)
+    written = (freshness_report.HERE / f"{name.upper()}.md").read_text(encoding="utf-8")
     assert freshness_report.report(runs) == written, "run: python -m bench.study.freshness_report"
-    figure = freshness_report.HERE / freshness_report.FIGURE
+    figure = freshness_report.HERE / f"{name}.png"
     assert not runs.counted[0] or freshness_report.digest(runs).encode() in figure.read_bytes()
