@@ -12,274 +12,38 @@ thread and some 3 GB (an estimate). ``python -m bench.study.freshness_report`` w
 """
 
 import argparse
-import copy
 import functools
 import itertools
 import math
-import random
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import humanline as hl
 from bench.environment import device_name
 from bench.study import blocks, judge
-from bench.study.run import HERE, RESULTS, WORLDS, added, read_config, read_results, recipe, workers
+from bench.study.freshness_arms import (
+    PLAIN,
+    RULES,
+    WITHIN,
+    Arm,
+    Done,
+    Job,
+    config_of,
+    lines_of,
+    slope_of,
+    wanted,
+)
+from bench.study.freshness_world import Run, answer, draw, parts, run_of, some
+from bench.study.run import added, read_results, recipe, workers
 from humanline.reference import ReferenceCopy
-from humanline.training import arithmetic, data
 from humanline.training.config import TrainConfig
 from humanline.training.model import model_folder
-
-RULES = "freshness", "judged"
-PLAIN, SYNC, HUMANLINE, NARROW = "plain", "sync only", "humanline", "narrow humanline"
-
-#: Of the methods that clip, the share of tokens that lay within the bounds in the twin's drift.
-WITHIN = {HUMANLINE: "drift_quantile", NARROW: "narrow_quantile"}
-
-
-def config_of(rules: str) -> dict[str, Any]:
-    return read_config(HERE / f"{rules}.json")
-
-
-def lines_of(rules: str) -> Path:
-    """Where its runs are."""
-    return RESULTS / f"{rules}.jsonl"
-
-
-def slope_of(config: dict[str, Any]) -> float | None:
-    """Of the judge who compares answers; None where these are right or wrong."""
-    return config["task"].get("slope")
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One cell of the grid.
-
-    Args:
-        objective: "GRPO", "DPO" or "KTO".
-        every: optimizer steps between draws of completions; 0: all are drawn before the first.
-        method: "plain", "sync only", "humanline" or "narrow humanline".
-        sync_every: optimizer steps between syncs; 0 for plain.
-    """
-
-    objective: str
-    every: int
-    method: str
-    sync_every: int
-
-    def __str__(self) -> str:
-        k = f" k={self.sync_every}" if self.sync_every else ""
-        return f"{self.objective} {age(self.every)}, {self.method}{k}"
-
-    @property
-    def twin(self) -> "Arm":
-        """The arm without clipping, whose drift sets this one's bound."""
-        return Arm(self.objective, self.every, SYNC, self.sync_every)
-
-
-def age(every: int) -> str:
-    return f"every {every}" if every else "once"
-
-
-def grid(config: dict[str, Any], objective: str) -> list[Arm]:
-    """All arms, the ones of the contrasts first. Fresh completions are trained on plainly."""
-    first, *others = config["sync_every"]
-    rare = [every for every in config["sample_every"] if every != 1]
-    arms = [Arm(objective, 1, PLAIN, 0)]
-    arms += [Arm(objective, every, PLAIN, 0) for every in rare]
-    arms += [Arm(objective, n, m, first) for m in config["methods"] for n in rare]
-    return arms + [Arm(objective, n, HUMANLINE, k) for k in others for n in rare]
-
-
-# Data
-
-
-@dataclass(frozen=True)
-class World:
-    """What all arms of a seed share.
-
-    Attributes:
-        prompts: tokens ``[steps · P, T]`` to train on, in their order, without their beginning.
-        answers: tokens ``[steps · P, C]`` of the right answers, ended.
-        pool: completions of all of them, drawn from the model before training.
-        measured: right answers to the questions to measure with.
-        wrong: where answers are judged, how many digits ``[P, G]`` are wrong in those that the
-            model gives to these questions before training.
-        draws: state of the generator after the pool was drawn.
-    """
-
-    prompts: Tensor
-    answers: Tensor
-    pool: blocks.Texts
-    measured: blocks.Texts
-    wrong: Tensor | None
-    draws: Tensor
-
-
-@functools.cache
-def model(folder: str) -> tuple[Any, Any]:
-    """Model and tokenizer, once a process."""
-    return (
-        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(),
-        AutoTokenizer.from_pretrained(folder),
-    )
-
-
-def parts(folder: str, config: dict[str, Any]) -> tuple[blocks.Frozen, blocks.Policy]:
-    """The frozen part and a policy of its own."""
-    whole, tokenizer = model(folder)
-    ids = encode(tokenizer, [["10", "11", "12"], ["97", "98", "99"]])
-    differs = (ids[0] != ids[1]).nonzero()[0].item()
-    frozen, policy = blocks.split(whole, config["task"]["blocks"], ids[0, :differs])
-    return frozen, copy.deepcopy(policy)  # the model serves the next run too
-
-
-def encode(tokenizer, questions: list[list[str]]) -> Tensor:
-    """Tokens ``[P, B + T]``: all numbers have two digits, and all prompts the same length."""
-    prompts = [arithmetic.make_prompt(numbers) for numbers in questions]
-    ids, mask = arithmetic.encode_left_padded(tokenizer, prompts)
-    assert mask.all(), "prompts differ in length"
-    return ids
-
-
-def questions(seed: int, number: int, taken: set[frozenset[str]]) -> list[list[str]]:
-    """So many sets of three numbers, none of them in ``taken``, to which they are added."""
-    draw, found = random.Random(seed), []
-    while len(found) < number:
-        numbers = [str(n) for n in draw.sample(range(10, 100), 3)]
-        if frozenset(numbers) not in taken:
-            taken.add(frozenset(numbers))
-            found.append(numbers)
-    return found
-
-
-def held_out() -> list[list[str]]:
-    """The held-out questions of humanline train."""
-    texts = [q.prompt[-1]["content"] for q in data.read_questions(data.DEFAULT_HELDOUT)]
-    return [text.split(", ") for text in texts]
-
-
-def asked(seed: int, config: dict[str, Any]) -> tuple[list[list[str]], list[list[str]]]:
-    """Questions to train on and to measure with. Rates are tuned on questions of their own."""
-    recipe, tuning = config["training"], config["tuning"]
-    measured = held_out()
-    taken = {frozenset(q) for q in measured} | {frozenset(arithmetic.EXAMPLE[0].split(", "))}
-    others = questions(0, len(measured), taken)
-    if seed in tuning["seeds"]:
-        measured = others
-    return questions(seed + 1, recipe["steps"] * recipe["prompts"], taken), measured
-
-
-def answers(tokenizer, asked: list[list[str]]) -> Tensor:
-    """Tokens ``[P, C]`` of the largest numbers, ended."""
-    ids = [tokenizer(max(q, key=int), add_special_tokens=False).input_ids for q in asked]
-    return torch.tensor([[*row, tokenizer.eos_token_id] for row in ids])
-
-
-def build_world(folder: str, config: dict[str, Any], seed: int) -> World:
-    """A function of its arguments."""
-    _, tokenizer = model(folder)
-    frozen, policy = parts(folder, config)
-    train, measured = asked(seed, config)
-    beginning = frozen.beginning.shape[1]
-    prompts = encode(tokenizer, train)[:, beginning:]
-    draws = torch.Generator().manual_seed(seed)
-    read = read_prompts(frozen, prompts, config)
-    end = tokenizer.eos_token_id
-    pool = draw(frozen, policy, read, slice(0, len(prompts)), config, end, draws)
-    again = encode(tokenizer, measured)[:, beginning:]
-    right = answers(tokenizer, measured)[:, None]
-    every = torch.ones_like(right, dtype=torch.bool)
-    texts, wrong = blocks.known(frozen, frozen.read_prompts(again), right, every), None
-    if slope_of(config) is not None:
-        told = answer(frozen, policy, read_prompts(frozen, again, config), config, end)
-        wrong = judge.wrong_digits(told, right[:, 0])
-    return World(prompts, answers(tokenizer, train), pool, texts, wrong, draws.get_state())
-
-
-def read_prompts(
-    frozen: blocks.Frozen, prompts: Tensor, config: dict[str, Any]
-) -> list[blocks.Prompts]:
-    """As many at a time as are drawn from."""
-    return [frozen.read_prompts(few) for few in prompts.split(config["task"]["at_once"])]
-
-
-def some(read: list[blocks.Prompts], span: slice, size: int) -> Iterator[blocks.Prompts]:
-    """Those in a span, at most ``size`` at a time, as many as were read together."""
-    for start in range(0, size * len(read), size):
-        few = slice(max(span.start - start, 0), max(span.stop - start, 0))
-        if few.start < size and few.stop:
-            yield read[start // size][few]
-
-
-def draw(frozen, policy, read, span: slice, config, end, generator) -> blocks.Texts:
-    """Completions of some of the prompts, a few of these at a time."""
-    options = config["task"]
-    how = options["samples"], options["tokens"], end, generator
-    prompts = some(read, span, options["at_once"])
-    return blocks.Texts.cat([blocks.sample(frozen, policy, few, *how) for few in prompts])
-
-
-def answer(frozen, policy, read, config, end) -> blocks.Texts:
-    """Completions of all prompts, by the same draws whenever it is called."""
-    span = slice(0, sum(map(len, read)))
-    return draw(frozen, policy, read, span, config, end, torch.Generator().manual_seed(0))
-
-
-@functools.cache
-def world(rules: str, folder: str, seed: int) -> World:
-    """Built at the first call and read from ``runs/`` at later ones."""
-    config = config_of(rules)
-    path = WORLDS / f"{rules}-{recipe(config)}-{seed}.pt"
-    if not path.exists():
-        WORLDS.mkdir(parents=True, exist_ok=True)
-        built = vars(build_world(folder, config, seed))
-        plain = {k: vars(v) if isinstance(v, blocks.Texts) else v for k, v in built.items()}
-        partial = path.with_suffix(".partial")
-        torch.save(plain, partial)
-        partial.rename(path)
-    stored = torch.load(path)
-    texts = {name: blocks.Texts(**stored.pop(name)) for name in ("pool", "measured")}
-    return World(**stored, **texts)
-
-
-@dataclass(frozen=True)
-class Run:
-    """What a run is made of, beside its policy.
-
-    Attributes:
-        read: the world's prompts.
-        asked: where answers are judged, the questions to measure with.
-        end: the token that ends a completion.
-    """
-
-    config: dict[str, Any]
-    world: World
-    frozen: blocks.Frozen
-    read: list[blocks.Prompts]
-    asked: list[blocks.Prompts]
-    end: int
-
-
-@functools.lru_cache(1)
-def run_of(rules: str, folder: str, seed: int) -> Run:
-    """The same of all runs of a seed. That prompts are read once takes more memory than the model
-    does; by estimate, reading them for each draw would double the time of sampling."""
-    config, shared = config_of(rules), world(rules, folder, seed)
-    tokenizer, (frozen, _) = model(folder)[1], parts(folder, config)
-    asked_again = []
-    if slope_of(config) is not None:
-        ids = encode(tokenizer, asked(seed, config)[1])[:, frozen.beginning.shape[1] :]
-        asked_again = read_prompts(frozen, ids, config)
-    read = read_prompts(frozen, shared.prompts, config)
-    return Run(config, shared, frozen, read, asked_again, tokenizer.eos_token_id)
 
 
 def steps(
@@ -506,9 +270,6 @@ def measure(policy: blocks.Policy, run: Run) -> dict[str, float]:
     return found
 
 
-Job = tuple[Arm, int, float, float | None]  # arm, seed, learning rate, clip bound
-
-
 def execute(rules: str, job: Job) -> dict[str, Any]:
     """One run, in a worker process."""
     arm, seed, lr, bound = job
@@ -520,84 +281,6 @@ def execute(rules: str, job: Job) -> dict[str, Any]:
     head = {"arm": str(arm), "seed": seed, "lr": lr, "bound": bound}
     where = {"device": device_name("cpu"), "torch": torch.__version__.split("+")[0]}
     return head | {"recipe": recipe(run.config)} | where | result
-
-
-# Which runs there are: each needs what earlier ones found
-
-
-class Done(dict[tuple, dict[str, Any]]):
-    """Results by run: (arm's name, seed, rate, bound)."""
-
-    def __init__(self, lines: list[dict[str, Any]], config: dict[str, Any]):
-        super().__init__({key(line): line for line in lines})
-        self.config, self.tuning = config, config["tuning"]
-
-    def bound(self, arm: Arm, lr: float) -> float | None:
-        """By the rule; None also where the twin has not run."""
-        if arm.method not in WITHIN:
-            return None
-        twins = [self.get((str(arm.twin), seed, lr, None)) for seed in self.tuning["seeds"]]
-        return None if None in twins else round(_drift(twins, arm), 5)
-
-    def tuning_score(self, arm: Arm, lr: float) -> float | None:
-        runs = [
-            self.get((str(arm), seed, lr, self.bound(arm, lr))) for seed in self.tuning["seeds"]
-        ]
-        measure = self.config["analysis"]["measures"][0]
-        return None if None in runs else statistics.mean(r[measure][-1] for r in runs)
-
-    def tried(self, arm: Arm) -> tuple[dict[float, float | None], bool]:
-        """Each rate's score, in their order, and whether that settles the arm's rate: the list is
-        lengthened at the end where the best rate lies, up to twice."""
-        lrs = sorted(self.tuning["lrs"])
-        for _ in range(self.tuning["lengthened"] + 1):
-            scores = {lr: self.tuning_score(arm, lr) for lr in lrs}
-            if None in scores.values():
-                return scores, False
-            best = max(scores, key=scores.get)
-            if best not in (lrs[0], lrs[-1]):
-                return scores, True
-            settled = scores
-            lrs = [*lrs, 2 * best] if best == lrs[-1] else [best / 2, *lrs]
-        return settled, True
-
-    def rate(self, arm: Arm) -> float | None:
-        """The chosen one; longer intervals between syncs take that of the first."""
-        first = self.config["sync_every"][0] if arm.sync_every else 0
-        scores, settled = self.tried(Arm(arm.objective, arm.every, arm.method, first))
-        return max(scores, key=scores.get) if settled else None
-
-
-def _drift(twins: list[dict[str, Any]], arm: Arm) -> float:
-    return statistics.mean(twin["drift"][WITHIN[arm.method]] for twin in twins)
-
-
-def key(result: dict[str, Any]) -> tuple:
-    return result["arm"], result["seed"], result["lr"], result["bound"]
-
-
-def wanted(done: Done, objective: str) -> list[Job]:
-    """The runs that can be named by now, those that are done too, in the order to run them."""
-    config, runs = done.config, []
-
-    def add(arm: Arm, seeds: list[int], lr: float) -> None:
-        bound = done.bound(arm, lr)
-        if arm.method in WITHIN and bound is None:
-            arm, seeds = arm.twin, done.tuning["seeds"]
-        runs.extend((arm, seed, lr, bound) for seed in seeds)
-
-    arms = grid(config, objective)
-    for arm in arms:
-        if arm.sync_every in (0, config["sync_every"][0]):
-            for lr in done.tried(arm)[0]:
-                add(arm, done.tuning["seeds"], lr)
-    first = [arm for arm in arms if arm.sync_every in (0, config["sync_every"][0])]
-    for some in (first, [arm for arm in arms if arm not in first]):
-        for seed in config["seeds"]:
-            for arm in some:
-                if (lr := done.rate(arm)) is not None:
-                    add(arm, [seed], lr)
-    return list(dict.fromkeys(runs))
 
 
 def run_all(rules: str, objectives: list[str], jobs: int) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from bench.report import markdown
 from bench.study import task
 from bench.study.analyse import interval, new_figure, save, shown, verdict
-from bench.study.freshness import (
+from bench.study.freshness_arms import (
     HUMANLINE,
     NARROW,
     PLAIN,

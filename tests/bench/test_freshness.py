@@ -7,6 +7,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from bench.study import blocks, freshness, freshness_report, judge
+from bench.study import freshness_arms as arms
+from bench.study import freshness_world as worlds
 from bench.study.run import recipe
 
 END, BEGINNING = 2, 3
@@ -15,13 +17,13 @@ END, BEGINNING = 2, 3
 @pytest.fixture(scope="module")
 def config():
     """The committed rules with little to do."""
-    return with_little_to_do(freshness.config_of("freshness"))
+    return with_little_to_do(arms.config_of("freshness"))
 
 
 @pytest.fixture(scope="module")
 def judged():
     """With a judge who hardly errs."""
-    found = with_little_to_do(freshness.config_of("judged"))
+    found = with_little_to_do(arms.config_of("judged"))
     return found | {"task": found["task"] | {"slope": 20.0}}
 
 
@@ -63,20 +65,20 @@ def world(taken_apart, config, prompts):
     """The right answer is a token and the end: an untrained model finds it often enough."""
     frozen, policy = taken_apart
     after, draws = prompts[:, BEGINNING:], torch.Generator().manual_seed(1)
-    read = freshness.read_prompts(frozen, after, config)
-    pool = freshness.draw(frozen, policy, read, slice(0, len(after)), config, END, draws)
+    read = worlds.read_prompts(frozen, after, config)
+    pool = worlds.draw(frozen, policy, read, slice(0, len(after)), config, END, draws)
     answers = torch.tensor([[3, END]]).expand(len(after), 2)
     first, right = frozen.read_prompts(after[:6]), answers[:6, None]
     measured = blocks.known(frozen, first, right, torch.ones_like(right, dtype=torch.bool))
-    asked = freshness.read_prompts(frozen, after[:6], config)
-    wrong = judge.wrong_digits(freshness.answer(frozen, policy, asked, config, END), answers[:6])
-    return freshness.World(after, answers, pool, measured, wrong, draws.get_state())
+    asked = worlds.read_prompts(frozen, after[:6], config)
+    wrong = judge.wrong_digits(worlds.answer(frozen, policy, asked, config, END), answers[:6])
+    return worlds.World(after, answers, pool, measured, wrong, draws.get_state())
 
 
 def made_of(world, frozen, config):
-    read = freshness.read_prompts(frozen, world.prompts, config)
-    asked = freshness.read_prompts(frozen, world.prompts[:6], config)
-    return freshness.Run(config, world, frozen, read, asked, END)
+    read = worlds.read_prompts(frozen, world.prompts, config)
+    asked = worlds.read_prompts(frozen, world.prompts[:6], config)
+    return worlds.Run(config, world, frozen, read, asked, END)
 
 
 def test_the_parts_are_the_model(model, taken_apart, prompts):
@@ -105,19 +107,19 @@ def test_a_right_answer_is_the_number_and_nothing_else(world):
 
 
 def run(arm, world, taken_apart, config, lr=1e-3):
-    bound = 0.01 if arm.method in freshness.WITHIN else None
+    bound = 0.01 if arm.method in arms.WITHIN else None
     frozen, policy = copy.deepcopy(taken_apart)
     return freshness.train(arm, made_of(world, frozen, config), policy, 0, lr, bound)
 
 
 def test_every_arm_runs_and_the_same_again(world, taken_apart, config):
     for objective in config["objectives"]:
-        for arm in freshness.grid(config, objective):
+        for arm in arms.grid(config, objective):
             one, again = (run(arm, world, taken_apart, config) for _ in range(2))
             assert one["pass@1"] == again["pass@1"] and len(one["pass@1"]) == 3
             assert one["pass@1"][0] < one["pass@1"][-1]
             assert (one["tokens_sampled"] > 0) == (arm.every != 0)
-            assert ("drift" in one) == (arm.method != freshness.PLAIN or objective == "DPO")
+            assert ("drift" in one) == (arm.method != arms.PLAIN or objective == "DPO")
 
 
 def test_only_the_age_of_completions_differs(world, taken_apart, config):
@@ -125,7 +127,7 @@ def test_only_the_age_of_completions_differs(world, taken_apart, config):
     many completions, and those of the first steps are the pool's."""
     seen = {}
     for every in config["sample_every"]:
-        arm = freshness.Arm("GRPO", every, freshness.PLAIN, 0)
+        arm = arms.Arm("GRPO", every, arms.PLAIN, 0)
         cost = {"sampling_seconds": 0.0, "tokens_sampled": 0}
         frozen, policy = taken_apart
         steps = list(freshness.steps(arm, made_of(world, frozen, config), policy, cost))
@@ -139,7 +141,7 @@ def test_only_the_age_of_completions_differs(world, taken_apart, config):
 
 
 def test_pairs_are_a_right_and_a_wrong_completion_of_one_prompt(world):
-    arm = freshness.Arm("DPO", 0, freshness.PLAIN, 0)
+    arm = arms.Arm("DPO", 0, arms.PLAIN, 0)
     rewards = freshness.right(world.pool, world.answers)
     draws = torch.Generator().manual_seed(0)
     batch = freshness.make_batch(arm, world.pool, rewards, None, None, draws)
@@ -175,7 +177,7 @@ def test_kto_takes_the_pair_and_reads_each_completion_after_another_prompt(
 ):
     frozen, _ = taken_apart
     whole = made_of(world, frozen, judged)
-    arm, span = freshness.Arm("KTO", 0, freshness.PLAIN, 0), slice(0, 3)
+    arm, span = arms.Arm("KTO", 0, arms.PLAIN, 0), slice(0, 3)
     texts, draws = world.pool[span], torch.Generator().manual_seed(0)
     rewards = -judge.wrong_digits(texts, world.answers[span]).float()
 
@@ -187,13 +189,13 @@ def test_kto_takes_the_pair_and_reads_each_completion_after_another_prompt(
     assert batch.mismatched == 6 == len(batch.rows) - 6
     ids, prompts = batch.texts.ids, batch.texts.prompts
     assert torch.equal(ids[3:], ids[:3].roll(1, 0)) and torch.equal(prompts[3:], prompts[:3])
-    again = blocks.known(frozen, next(freshness.some(whole.read, span, 3)), texts.ids, texts.mask)
+    again = blocks.known(frozen, next(worlds.some(whole.read, span, 3)), texts.ids, texts.mask)
     torch.testing.assert_close(again.completions, texts.completions)  # read after their own
 
 
 def test_every_judged_arm_runs_and_learns(world, taken_apart, judged):
     for objective in judged["objectives"]:
-        for arm in freshness.grid(judged, objective):
+        for arm in arms.grid(judged, objective):
             one, again = (run(arm, world, taken_apart, judged) for _ in range(2))
             assert one["win rate"] == again["win rate"] and one["win rate"][0] == pytest.approx(0.5)
             assert one["pass@1"][0] < one["pass@1"][-1]
@@ -203,7 +205,7 @@ def test_a_run_that_diverges_counts_as_right_on_no_question(world, taken_apart, 
     frozen, policy = taken_apart
     with torch.no_grad():
         policy.weight.fill_(float("nan"))
-    arm, whole = freshness.Arm("GRPO", 0, freshness.PLAIN, 0), made_of(world, frozen, config)
+    arm, whole = arms.Arm("GRPO", 0, arms.PLAIN, 0), made_of(world, frozen, config)
     broken = freshness.train(arm, whole, policy, 0, 1e-3, None)
     assert broken["pass@1"][-1] == 0
 
@@ -224,8 +226,8 @@ def finished(config, objective, score):
     """All lines, as the loop would find them."""
     lines, rounds = [], 0
     while True:
-        done = freshness.Done(lines, config)
-        missing = [r for r in freshness.wanted(done, objective) if (str(r[0]), *r[1:]) not in done]
+        done = arms.Done(lines, config)
+        missing = [r for r in arms.wanted(done, objective) if (str(r[0]), *r[1:]) not in done]
         if not missing:
             return done, rounds
         lines += [line(run, config, score(*run)) for run in missing]
@@ -235,7 +237,7 @@ def finished(config, objective, score):
 
 @pytest.fixture
 def rules():
-    return freshness.config_of("freshness")
+    return arms.config_of("freshness")
 
 
 def best_at(lr):
@@ -244,7 +246,7 @@ def best_at(lr):
 
 def test_the_list_of_rates_is_lengthened_where_the_best_lies(rules):
     lrs = rules["tuning"]["lrs"]
-    arm = freshness.grid(rules, "GRPO")[0]
+    arm = arms.grid(rules, "GRPO")[0]
     inner, _ = finished(rules, "GRPO", best_at(lrs[1]))
     assert list(inner.tried(arm)[0]) == lrs and inner.rate(arm) == lrs[1]
     above, _ = finished(rules, "GRPO", best_at(2 * lrs[-1]))
@@ -257,12 +259,12 @@ def test_the_list_of_rates_is_lengthened_where_the_best_lies(rules):
 def test_bounds_are_the_twins_drift_and_all_runs_get_done(rules):
     done, _ = finished(rules, "GRPO", best_at(rules["tuning"]["lrs"][1]))
     runs = freshness_report.Runs("freshness", done)
-    arms = freshness.grid(rules, "GRPO")
-    assert len(arms) == 19
-    for arm in arms:
+    grid = arms.grid(rules, "GRPO")
+    assert len(grid) == 19
+    for arm in grid:
         assert set(runs.of[arm]) == set(rules["seeds"])
         for found in runs.of[arm].values():
-            factor = {freshness.HUMANLINE: 1000, freshness.NARROW: 100}.get(arm.method)
+            factor = {arms.HUMANLINE: 1000, arms.NARROW: 100}.get(arm.method)
             assert found["bound"] == (factor and round(factor * found["lr"], 5))
 
 
@@ -275,13 +277,13 @@ def test_the_report_says_what_is_missing(rules):
     assert difference in text
     some = {name: found for name, found in done.items() if name[1] != rules["seeds"][-1]}
     partly = freshness_report.report(
-        freshness_report.Runs("freshness", freshness.Done(list(some.values()), rules))
+        freshness_report.Runs("freshness", arms.Done(list(some.values()), rules))
     )
     assert "| 4 | +0.000 ± 0.000 | seeds are missing |" in partly
     assert "**shown**" not in partly
 
 
-@pytest.mark.parametrize("name", freshness.RULES)
+@pytest.mark.parametrize("name", arms.RULES)
 def test_the_committed_report_is_that_of_the_committed_runs(name):
     runs = freshness_report.read(name)
     written = (freshness_report.HERE / f"{name.upper()}.md").read_text(encoding="utf-8")
