@@ -1,12 +1,13 @@
 """Columns left out of the backward, on the rows of a real model: time, memory and error against δ.
 
-    python -m bench.columns [--model FOLDER] [--text FILE] [--json FILE] [--plot FILE]
+    python -m bench.columns [--model FOLDER] [--text FILE] [--json FILE]
 
 Random logits would show nothing: there every column matters. The rows are the model's hidden states
 on completions it has sampled itself at temperature 1, and on a text; without ``--model`` it is
 SmolLM2-135M-Instruct, which ``humanline train`` fetches too. The loss is GRPO with a clip, forward
 and backward; peers are those of ``humanline bench``, on the same rows, in turn round by round.
-Errors are against float64 on the first rows of the batch.
+Errors are against float64 on the first rows of the batch. ``python -m bench.plots`` plots what is
+committed.
 """
 
 import argparse
@@ -17,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -202,15 +204,17 @@ def timed(peer: Peer, batch: Batch) -> tuple[float]:
 
 # What is shown
 
-HEAD = ("rows", "dtype", "", "δ", "ρ", "error of dH", "of dW", "s", "of bare GEMMs", "peak, MB")
+COMMAND, FILE = "python -m bench.columns", "columns.json"
+HEAD = ("rows", "dtype", "", "δ", "ρ", "error of dH", "of dW", "s", "× bare GEMMs", "peak, MB")
 
 
-def table(lines: list[Line]) -> list[tuple[str, ...]]:
-    """A row for each line, times beside those of the bare GEMMs of the same rounds."""
-    bare = {(x.rows, x.dtype): x.median for x in lines if x.peer == "bare GEMMs"}
+def table(results: list[dict[str, Any]]) -> list[tuple[str, ...]]:
+    """A row for each result, times beside those of the bare GEMMs of the same rounds."""
+    lines = [Line(**result) for result in results]
+    bare = bare_seconds(lines)
 
     def number(x: float | None, digits: str) -> str:
-        return "" if x is None else f"{x:{digits}}"
+        return "—" if x is None else f"{x:{digits}}"
 
     return [
         (
@@ -227,29 +231,9 @@ def table(lines: list[Line]) -> list[tuple[str, ...]]:
     ]
 
 
-def plot(lines: list[Line], path: Path) -> None:
-    """Time, as a share of the bare GEMMs', and error, against δ."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4))
-    bare = {(x.rows, x.dtype): x.median for x in lines if x.peer == "bare GEMMs"}
-    for key in bare:
-        mine = [x for x in lines if (x.rows, x.dtype) == key and x.tolerance]
-        deltas = [x.tolerance for x in mine]
-        name = ", ".join(key)
-        left.plot(deltas, [x.median / bare[key] for x in mine], "o-", label=name)
-        right.plot(deltas, [x.hidden_error for x in mine], "o-", label=f"{name}: hidden")
-        right.plot(deltas, [x.weight_error for x in mine], "s--", label=f"{name}: weight")
-    left.set(xscale="log", xlabel="δ", ylabel="time, of the bare GEMMs'", ylim=(0, None))
-    right.set(xscale="log", yscale="log", xlabel="δ", ylabel="error against float64")
-    left.legend(fontsize=7)
-    right.legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+def bare_seconds(lines: list[Line]) -> dict[tuple[str, str], float]:
+    """Of the bare GEMMs, by rows and dtype."""
+    return {(x.rows, x.dtype): x.median for x in lines if x.peer == "bare GEMMs"}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -260,7 +244,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path, help="also write the raw results here")
-    parser.add_argument("--plot", type=Path, help="also plot time and error here")
     args = parser.parse_args(argv)
     folder = args.model
     if folder is None:
@@ -273,12 +256,11 @@ def main(argv: list[str] | None = None) -> None:
         for dtype in args.dtypes:
             print(f"{kind}, {dtype}", file=sys.stderr)
             lines += measure(in_dtype(batch, dtype), kind, args.rounds)
-    for cells in (HEAD, *table(lines)):
+    results = [asdict(x) for x in lines]
+    for cells in (HEAD, *table(results)):
         print("| " + " | ".join(cells) + " |")
     if args.json:
-        write_record(args.json, {"tokens": args.tokens}, [asdict(x) for x in lines])
-    if args.plot:
-        plot(lines, args.plot)
+        write_record(args.json, {"tokens": args.tokens}, results)
 
 
 if __name__ == "__main__":

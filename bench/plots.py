@@ -8,6 +8,7 @@ from, which a test compares with the results beside it.
 """
 
 import hashlib
+import json
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -19,6 +20,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from bench import columns
 from bench.cases import QWEN, Case
 from bench.measure import Result
 from bench.paper.costs import COSTS
@@ -307,6 +309,52 @@ def memory_at_scale() -> Plot:
     return Plot("predicted-memory-tokens", title, points, draw)
 
 
+_DTYPES = {"float32": "#0072B2", "bfloat16": "#D55E00"}
+_PANELS = {"time": "time, × bare GEMMs", "hidden": "error of dH", "weight": "error of dW"}
+
+
+def columns_left_out(path: Path) -> Plot:
+    """What bench/columns.py measured: time and error against the tolerance, and of the peer that
+    comes nearest, which knows none."""
+    record = json.loads(path.read_text(encoding="utf-8"))
+    found = [columns.Line(**result) for result in record["results"]]
+    bare = columns.bare_seconds(found)
+    points: Points = {}
+    for x in found:
+        values = x.median / bare[x.rows, x.dtype], x.hidden_error, x.weight_error
+        if x.peer == NEAREST or (x.peer == OURS and x.tolerance):
+            for panel, value in zip(_PANELS, values, strict=True):
+                line = points.setdefault(f"{x.rows}: {panel}: {x.dtype}, {x.peer}", [])
+                line.append((x.tolerance, value))
+    where = record["environment"]["device"]
+    title = f"GRPO with columns left out, on a real model's rows: time and errors ({where})"
+    return Plot("columns", title, points, _columns)
+
+
+NEAREST = "torch.compile"
+
+
+def _columns(figure: plt.Figure, points: Points) -> None:
+    """A row of panels for each kind of rows; the peer is a level."""
+    figure.set_size_inches(9, 5.4)
+    rows = list(dict.fromkeys(name.partition(": ")[0] for name in points))
+    grid = figure.subplots(len(rows), len(_PANELS), squeeze=False, sharex=True)
+    for name, line in points.items():
+        row, panel, who = name.split(": ")
+        axes = grid[rows.index(row), list(_PANELS).index(panel)]
+        colour = _DTYPES[who.partition(", ")[0]]
+        if who.endswith(OURS):
+            axes.plot(*zip(*line, strict=True), "o-", label=who, color=colour, markersize=4)
+        else:
+            axes.axhline(line[0][1], label=who, color=colour, linestyle="--", linewidth=1)
+        axes.set(xscale="log", ylabel=f"{row}: {_PANELS[panel]}")
+        axes.set_ylim(bottom=0) if panel == "time" else axes.set_yscale("log")
+    for axes in grid[-1]:
+        axes.set_xlabel("gradient_tolerance")
+    handles, labels = grid[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=7, frameon=False)
+
+
 def figures(results: Results) -> Iterable[Plot]:
     """All that these results have the numbers for."""
     for plots in (loss_tail, tokens, active, scale, roofline):
@@ -342,6 +390,8 @@ def main(folders: list[str]) -> None:
             print(path)
     if not folders:
         print(*draw(ROOT / "bench/results/model", [memory_at_scale()]))
+        for path in ROOT.glob(f"bench/results/*/{columns.FILE}"):
+            print(*draw(path.parent / "plots", [columns_left_out(path)]))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from bench import columns
 from bench.cases import SUITES
 from bench.gpu import left_out
 from bench.machine_code.cards import CARDS
@@ -86,7 +87,8 @@ def _bound(r: dict[str, Any]) -> str:
 def plots() -> str:
     """For bench/README.md: of each device the plots from hidden states; others lie beside them."""
     found = sorted(ROOT.glob("bench/results/*/plots/*.png"))
-    names = [p.relative_to(ROOT) for p in found if "-hidden-" in p.name or "roofline" in p.name]
+    shown = "-hidden-", "roofline", "columns"
+    names = [p.relative_to(ROOT) for p in found if any(part in p.name for part in shown)]
     return "\n".join(
         f'<img src="{p.relative_to("bench")}" alt="{p.stem}" width="49%">' for p in names
     )
@@ -98,6 +100,10 @@ def reference() -> str:
 
 def context() -> str:
     return _recorded("long-context.json", long_context)
+
+
+def columns_left_out() -> str:
+    return _recorded(columns.FILE, columns)
 
 
 def headline() -> str:
@@ -155,6 +161,7 @@ BLOCKS = {
     "machine-code": machine_code,
     "reference": reference,
     "long-context": context,
+    "columns": columns_left_out,
 }
 
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 pytest.importorskip("transformers")
+pytest.importorskip("matplotlib")
 
-from bench import columns
+from bench import columns, plots
 from bench.peers import peers_of
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
@@ -26,15 +27,19 @@ def test_every_line_is_measured(tmp_path, monkeypatch, capsys):
         columns, "peers_of", lambda case: [p for p in peers_of(case) if p.name in quick]
     )
     monkeypatch.setattr(columns, "PROMPTS", ("1 + 2 =", "a b", "c", "3"))
-    plot, record = tmp_path / "plot.png", tmp_path / "record.json"
+    record = tmp_path / "record.json"
     columns.main(
         [
             *("--model", str(folder), "--text", str(text), "--tokens", "128", "--rounds", "2"),
-            *("--dtypes", "float32", "--json", str(record), "--plot", str(plot)),
+            *("--dtypes", "float32", "--json", str(record)),
         ]
     )
     out = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-    assert plot.stat().st_size and record.stat().st_size
+    points = plots.columns_left_out(record).points
+    assert {len(line) for line in points.values()} == {len(columns.TOLERANCES) - 1}
+    assert {name.partition(": ")[0] for name in points} == set(columns.KINDS)
+    (path,) = plots.draw(tmp_path, [plots.columns_left_out(record)])
+    assert path.stat().st_size > 5000
     for kind in columns.KINDS:
         lines = [line.split(" | ") for line in out if line.startswith(f"| {kind} ")]
         ours = [line for line in lines if line[2] == "humanline"]

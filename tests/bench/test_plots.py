@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
-from bench import plots
+from bench import columns, plots
 from bench.cases import Case
 from bench.measure import Result
 from bench.peers import PEERS
@@ -91,6 +91,9 @@ def test_committed_plots_are_of_the_committed_results():
     for results in committed():
         folder = (results.path.parent / "plots").relative_to(ROOT)
         wanted |= {f"{folder}/{plot.name}": plot.points for plot in plots.figures(results)}
+    for path in ROOT.glob(f"bench/results/*/{columns.FILE}"):
+        plot = plots.columns_left_out(path)
+        wanted[f"{path.parent.relative_to(ROOT)}/plots/{plot.name}"] = plot.points
     for name, points in wanted.items():
         for suffix in (".png", ".svg"):
             file = ROOT / (name + suffix)
