@@ -348,7 +348,9 @@ def _columns(figure: plt.Figure, points: Points) -> None:
         else:
             axes.axhline(line[0][1], label=who, color=colour, linestyle="--", linewidth=1)
         axes.set(xscale="log", ylabel=f"{row}: {_PANELS[panel]}")
-        axes.set_ylim(bottom=0) if panel == "time" else axes.set_yscale("log")
+        axes.set_yscale("linear" if panel == "time" else "log")
+    for axes in grid[:, 0]:
+        axes.set_ylim(bottom=0)
     for axes in grid[-1]:
         axes.set_xlabel("gradient_tolerance")
     handles, labels = grid[0, 0].get_legend_handles_labels()
