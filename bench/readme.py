@@ -106,6 +106,12 @@ def columns_left_out() -> str:
     return _recorded(columns.FILE, columns)
 
 
+def tolerance() -> str:
+    """What the study of ``gradient_tolerance`` finds: a section of its report."""
+    report = (ROOT / "bench/study/TOLERANCE.md").read_text(encoding="utf-8")
+    return report.partition("## What holds\n\n")[2].partition("\n\n## ")[0]
+
+
 def headline() -> str:
     """For README.md: the figure of what the loss costs on a GPU, and what nobody timed there."""
     found = [r for r in committed() if not r.on_cpu]
@@ -162,6 +168,7 @@ BLOCKS = {
     "reference": reference,
     "long-context": context,
     "columns": columns_left_out,
+    "tolerance": tolerance,
 }
 
 
