@@ -25,10 +25,19 @@ from bench.cases import Case
 from bench.machine_code.cards import CARDS, Card
 from bench.machine_code.row_kernels import TOLD, reports
 from bench.paper.costs import COSTS, Cost, Kernel, Tail, with_columns_left_out
+from bench.paper.layouts import (
+    Collective,
+    engines_sum,
+    gathered_head,
+    shared_rows,
+    split_vocabulary,
+    travelling_rows,
+)
 from bench.peers import OURS
 from bench.report import floor, markdown, megabytes, seconds
 from bench.run import Results, committed
 from humanline.ops import WORKSPACE_BYTES
+from humanline.ops.hidden.gathered import rows_send_less
 
 
 @dataclass(frozen=True)
@@ -107,6 +116,10 @@ class Link:
     bandwidth: float
     latency: float
 
+    def seconds(self, collective: Collective) -> float:
+        """Of a ring."""
+        return collective.sent / self.bandwidth + (collective.ways - 1) * self.latency
+
 
 # One H100 SXM was measured, by others, to copy at 3.0 TB/s and to multiply 8192³ in bf16 at 798
 # TFLOP/s. All else are estimates, chosen to reproduce a review of an earlier schedule from its
@@ -137,6 +150,7 @@ B200 = replace(
 # Datasheet rates, one direction: NVLink 4 within a node of 8, one 400 Gb/s port a GPU beyond.
 NVLINK, NETWORK = Link(450e9, 5e-6), Link(50e9, 20e-6)
 NODE = 8
+VALUES = {"sft": 0, "dpo": 1, "kto": 1, "grpo": 2}  # floats a row of a batch
 
 
 @dataclass(frozen=True)
@@ -145,20 +159,44 @@ class Layout:
 
     Args:
         tokens: ways the tokens are split, by data or sequence parallelism: for the loss tail the
-            two are one, but for a sum a sequence that sequence-level losses exchange.
-        vocab: ways the head's rows are split (vocab-parallel); every GPU of such a group sees all
+            two are one.
+        vocab: ways the head's rows are split (tensor parallel); every GPU of such a group has all
             of the group's tokens.
-        gathered: the head is sharded over the ``tokens`` ways too (FSDP), gathered for use, and
-            its gradient scattered back.
+        sharded: the head is split over the ``tokens`` ways too, by FSDP2.
     """
 
     tokens: int = 1
     vocab: int = 1
-    gathered: bool = False
+    sharded: bool = False
 
     @property
     def gpus(self) -> int:
         return self.tokens * self.vocab
+
+    def rows_travel(self, case: Case) -> bool:
+        """Whether ``from_hidden`` leaves a sharded head where it lies."""
+        b, alone = case.torch_dtype.itemsize, self.vocab == 1
+        fewer = rows_send_less(case.tokens, case.vocab, b, b, head_trains=not case.frozen_head)
+        return self.sharded and alone and fewer
+
+    def collectives(self, case: Case) -> dict[str, list[Collective]]:
+        """Of a step, on each GPU: over the ``vocab`` ways, and over the ``tokens`` ways."""
+        b, width = case.torch_dtype.itemsize, case.hidden
+        rows, vocab = case.tokens / self.tokens, case.vocab / self.vocab
+        found: dict[str, list[Collective]] = {"vocab": [], "tokens": []}
+        if self.vocab > 1:
+            found["vocab"] += split_vocabulary(rows, width, b, self.vocab)
+        if self.tokens > 1:
+            travel = self.rows_travel(case)
+            values = VALUES[case.objective] + (not travel)
+            found["tokens"] += shared_rows(rows, values, self.tokens)
+            if travel:
+                found["tokens"] += travelling_rows(rows, case.tokens, width, b, self.tokens)
+            elif self.sharded:
+                found["tokens"] += gathered_head(vocab, width, b, self.tokens)
+            elif not case.frozen_head:
+                found["tokens"] += engines_sum(vocab, width, b, self.tokens)
+        return found
 
 
 @dataclass(frozen=True)
@@ -202,12 +240,20 @@ def predict(
         KeyError: ``who`` is not one of ``COSTS``.
     """
     rows, vocab = case.tokens / layout.tokens, case.vocab / layout.vocab
+    travel = layout.rows_travel(case)
+    if travel:
+        rows, vocab = case.tokens, case.vocab / layout.tokens
     t = Tail(case, rows, vocab, device.is_cpu, workspace)
     p = combined(COSTS[who](t), device)
-    exchanged = 2 * t.hidden * t.b if layout.vocab > 1 else 0  # and its gradient
-    gathered = t.weight * t.b if layout.gathered else 0
-    collectives = 0 if t.from_logits else _collectives(t, layout)
-    return replace(p, collectives=collectives, bytes=p.bytes + exchanged + gathered)
+    held = 2 * t.hidden * t.b * travel  # hidden states of all ranks, and their gradient
+    held += t.weight * t.b * (layout.sharded and not travel)
+    sent = {} if t.from_logits else layout.collectives(case)
+    links = {
+        "vocab": NVLINK if layout.vocab <= NODE else NETWORK,
+        "tokens": NVLINK if layout.gpus <= NODE else NETWORK,
+    }
+    collectives = sum(links[axis].seconds(c) for axis, found in sent.items() for c in found)
+    return replace(p, collectives=collectives, bytes=p.bytes + held)
 
 
 def combined(cost: Cost, device: Device) -> Prediction:
@@ -221,28 +267,6 @@ def combined(cost: Cost, device: Device) -> Prediction:
         collectives=0,
         bytes=cost.peak,
     )
-
-
-def _collectives(t: Tail, layout: Layout) -> float:
-    """Ring collectives: each moves ``(p − 1)/p`` of the bytes named, all-reduce twice that."""
-    total = 0.0
-
-    def ring(ways: int, size: float, link: Link) -> float:
-        return (ways - 1) / ways * size / link.bandwidth + (ways - 1) * link.latency
-
-    if layout.vocab > 1:
-        link = NVLINK if layout.vocab <= NODE else NETWORK
-        rows = 2 * ring(layout.vocab, t.rows * 3 * 4, link)  # maximum, sum, picked logit of each
-        total += rows + 2 * ring(layout.vocab, t.hidden * t.b, link)  # tokens in, gradient out
-    if layout.tokens > 1:
-        link = NVLINK if layout.gpus <= NODE else NETWORK
-        if layout.gathered:
-            total += ring(layout.tokens, t.weight * t.b, link)
-        if t.trained:  # scattered if gathered, else reduced to all
-            total += (1 if layout.gathered else 2) * ring(layout.tokens, t.weight * 4, link)
-        if t.group:
-            total += 2 * ring(layout.tokens, 8 * 4, link)
-    return total
 
 
 def calibrated(results: Results, case: Case) -> Device | None:
@@ -304,10 +328,13 @@ def check(results: Results) -> list[str]:
 SCALES = [  # tokens, hidden, vocabulary, layout
     (8_192, 4_096, 151_936, Layout()),
     (131_072, 4_096, 151_936, Layout(tokens=8)),
+    (131_072, 4_096, 151_936, Layout(tokens=8, sharded=True)),
     (131_072, 4_096, 151_936, Layout(vocab=8)),
-    (1_048_576, 8_192, 262_144, Layout(tokens=64, gathered=True)),
+    (1_048_576, 8_192, 262_144, Layout(tokens=64, sharded=True)),
+    (1_048_576, 8_192, 262_144, Layout(tokens=8, vocab=8, sharded=True)),
     (1_048_576, 8_192, 262_144, Layout(tokens=128, vocab=8)),
-    (1_048_576, 8_192, 262_144, Layout(tokens=1024, gathered=True)),
+    (1_048_576, 8_192, 262_144, Layout(tokens=128, vocab=8, sharded=True)),
+    (1_048_576, 8_192, 262_144, Layout(tokens=1024, sharded=True)),
 ]
 
 
@@ -323,15 +350,23 @@ def scales() -> list[tuple[Case, Layout, Prediction, Prediction]]:
 def table() -> str:
     """The predictions in Markdown."""
     head = ["tokens × H × V", "GPUs", "tokens / vocabulary split", "GEMMs", "logits"]
-    head += ["collectives", "memory a GPU", "eager's"]
+    head += ["sent by a GPU", "collectives", "memory a GPU", "eager's"]
     rows = []
     for case, layout, ours, eager in scales():
-        split = f"{layout.tokens}{' (FSDP)' if layout.gathered else ''} / {layout.vocab}"
         times = [seconds(x) if x else "0" for x in (ours.gemm, ours.passes, ours.collectives)]
+        sent = megabytes(sum(c.sent for axis in layout.collectives(case).values() for c in axis))
         shape = f"{case.tokens:,} × {case.hidden:,} × {case.vocab:,}"
         memory = [megabytes(ours.bytes), megabytes(eager.bytes)]
-        rows.append([shape, f"{layout.gpus:,}", split, *times, *memory])
+        split = f"{layout.tokens}{_head(layout, case)} / {layout.vocab}"
+        rows.append([shape, f"{layout.gpus:,}", split, *times[:2], sent, times[2], *memory])
     return markdown(head, rows)
+
+
+def _head(layout: Layout, case: Case) -> str:
+    """What becomes of a head that is sharded."""
+    if not layout.sharded:
+        return ""
+    return " (FSDP2, rows travel)" if layout.rows_travel(case) else " (FSDP2, head gathered)"
 
 
 WIDTHS = 1_024, 2_048, 4_096, 8_192

@@ -85,14 +85,27 @@ def slice_for_all_rows(
     n = hidden.shape[:-1].numel()
     met = axis.exchange(len(parts[0]), n, device=hidden.device)
     columns, rows = (tuple(numbers[i] for numbers in met) for i in range(2))
-    trains = torch.is_grad_enabled()
-    of_rows = sum(rows) * hidden.element_size() * (1 + (trains and hidden.requires_grad))
-    of_sum = torch.promote_types(weight.dtype, torch.float32).itemsize
-    of_weight = weight.element_size() + of_sum * (trains and weight.requires_grad)
-    if of_rows >= sum(columns) * of_weight or min(columns) == 0:
+    trains = (torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight))
+    sizes = hidden.element_size(), weight.element_size()
+    if min(columns) == 0 or not rows_send_less(sum(rows), sum(columns), *sizes, *trains):
         return None
     parts = [_Weighted.apply(x, _factor(parallel)) for x in parts]
     return Shard(axis, columns), *(*parts, None)[:2]
+
+
+def rows_send_less(
+    rows: int,
+    columns: int,
+    of_hidden: int,
+    of_weight: int,
+    body_trains: bool = True,
+    head_trains: bool = True,
+) -> bool:
+    """Whether hidden states of all ranks and their gradient are fewer bytes than a whole weight and
+    its gradient, which is summed in float32 at least; elements having so many bytes."""
+    a_row = of_hidden * (1 + body_trains)
+    a_column = of_weight + max(of_weight, 4) * head_trains
+    return rows * a_row < columns * a_column
 
 
 def rows_of_all_ranks(x: Tensor, share: Share) -> Tensor:
