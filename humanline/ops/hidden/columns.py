@@ -132,8 +132,9 @@ class Columns:
 
             return column_energies(dz, weights)
         total = weights.new_zeros(dz.shape[1])
+        squares = weights.new_empty(_rows_at_a_time(dz), dz.shape[1])  # in pages that are there
         for some, x in _in_floats(dz):
-            total.addmv_(x.square().T, weights[some])
+            total.addmv_(torch.mul(x, x, out=squares[: len(x)]).T, weights[some])
         return total
 
 
@@ -225,9 +226,10 @@ class Kept:
             from humanline.kernels.take_columns import take_columns_
 
             return take_columns_(dz, self.columns)
-        for place, tile in self._tiles(len(dz), 1):
-            dz[:, place] = dz[:, tile]  # a copy of these, which lie there or behind
-        return dz[:, : len(self.columns)]
+        count = len(self.columns)
+        for some in dz.split(max(1, _CHUNK_FLOATS // count)):
+            some[:, :count] = some.gather(1, self.columns.expand(len(some), -1))
+        return dz[:, :count]
 
     def hidden_gradient(self, dz: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         """``dz @ weight [n, H]`` in float32 (float64 from float64) of the columns ``dz [n, K]``;
@@ -244,7 +246,7 @@ class Kept:
             if rounds:
                 of_tile = of_tile.to(weight.dtype, copy=True)
                 of_tile.masked_fill_(tile == labels[:, None], 0)
-            gemms.add_product_(product, of_tile, weight[tile])
+            gemms.add_product_(product, of_tile, weight.index_select(0, tile))
         return product
 
     def add_weight_gradient_(self, total: Tensor, dz: Tensor, scale: Tensor, h: Tensor) -> Tensor:
@@ -295,13 +297,11 @@ def _outer_(
 
         outer_(out, *map(torch.stack, zip(*pairs, strict=True)), add)
         return
-    (column, row), *others = pairs
+    columns, rows = map(torch.stack, zip(*pairs, strict=True))
     if add:
-        out.addr_(column, row)
+        out.addmm_(columns.T, rows)  # one pass over it, however many they are
     else:
-        torch.mul(column[:, None], row, out=out)
-    for column, row in others:
-        out.addr_(column, row)
+        out.copy_(columns.T @ rows)
 
 
 def _put_rows_(to: Tensor, rows: Tensor, x: Tensor, backend: str, add: bool = False) -> None:
@@ -345,8 +345,12 @@ def _weighted_sum(x: Tensor, weights: Tensor, backend: str) -> Tensor:
 
 def _in_floats(x: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Some rows of ``x`` at a time, in float32 at least."""
-    floats = _CHUNK_FLOATS if checks.free_to_read(x) else _GPU_TILE_ELEMENTS
-    rows = max(1, floats // x.shape[1])
+    rows = _rows_at_a_time(x)
     for start in range(0, len(x), rows):
         some = slice(start, start + rows)
         yield some, x[some].to(compute_dtype(x.dtype))
+
+
+def _rows_at_a_time(x: Tensor) -> int:
+    floats = _CHUNK_FLOATS if checks.free_to_read(x) else _GPU_TILE_ELEMENTS
+    return min(len(x), max(1, floats // x.shape[1]))
