@@ -89,6 +89,16 @@ def run(checks, folder, ranks=2, timeout=120):
     return outcome
 
 
+def outcome_of(checks, ranks=2):
+    """A fixture: :func:`run` of these checks, once a file."""
+
+    @pytest.fixture(scope="module")
+    def outcome(tmp_path_factory):
+        return run(checks, tmp_path_factory.mktemp("ranks"), ranks)
+
+    return outcome
+
+
 def require_passed(check, outcome, ranks=2):
     failed = [o for o in (outcome(check, rank) for rank in range(ranks)) if o != "passed"]
     if failed:

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import Collectives, require_passed, run
+from ranks import Collectives, outcome_of, require_passed
 from test_reference_kinds import Model, loss_of, make_optimizer, score
 from torch import nn
 from torch.distributed.fsdp import fully_shard
@@ -245,9 +245,7 @@ CHECKS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def outcome(tmp_path_factory):
-    return run(CHECKS, tmp_path_factory.mktemp("ranks"), RANKS)
+outcome = outcome_of(CHECKS, RANKS)
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from oracle import leaf
-from ranks import Collectives, require_passed, run
+from ranks import Collectives, outcome_of, require_passed
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -88,9 +88,7 @@ def a_sharded_head(rank):
 CHECKS = [a_split_vocabulary, shared_rows, a_sharded_head]
 
 
-@pytest.fixture(scope="module")
-def outcome(tmp_path_factory):
-    return run(CHECKS, tmp_path_factory.mktemp("ranks"), RANKS)
+outcome = outcome_of(CHECKS, RANKS)
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from oracle import Data, close, gradients, leaf
-from ranks import Collectives, require_passed, run
+from ranks import Collectives, outcome_of, require_passed
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -452,9 +452,7 @@ CHECKS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def outcome(tmp_path_factory):
-    return run(CHECKS, tmp_path_factory.mktemp("ranks"), RANKS)
+outcome = outcome_of(CHECKS, RANKS)
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
@@ -528,9 +526,7 @@ def a_head_of_slices_that_are_split(rank):
 FOUR = [two_axes, a_head_of_slices_that_are_split]
 
 
-@pytest.fixture(scope="module")
-def outcome_of_four(tmp_path_factory):
-    return run(FOUR, tmp_path_factory.mktemp("four"), 4)
+outcome_of_four = outcome_of(FOUR, 4)
 
 
 @pytest.mark.parametrize("check", FOUR, ids=lambda check: check.__name__)

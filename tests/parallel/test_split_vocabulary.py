@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from oracle import Data, close, gradients, leaf
-from ranks import Collectives, require_passed, run
+from ranks import Collectives, outcome_of, require_passed
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -321,9 +321,7 @@ CHECKS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def outcome(tmp_path_factory):
-    return run(CHECKS, tmp_path_factory.mktemp("ranks"), RANKS)
+outcome = outcome_of(CHECKS, RANKS)
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
