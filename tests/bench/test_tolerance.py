@@ -136,6 +136,15 @@ def test_the_worth_of_a_model(tiny, tmp_path):
     assert found["greedy"] == pytest.approx(statistics.mean(right), abs=1e-5)
 
 
+def test_own_tokens_are_those_read_and_those_to_be_written(tiny):
+    run = ("dpo", tolerance.FULL, 0, 0)
+    vocabulary = model.load_tokenizer(model.default_model()).tokenizer.get_vocab()
+    found = tolerance.tokens(TrainConfig(**tolerance.options(run, tiny)), len(vocabulary))
+    assert found[[vocabulary[word] for word in ("+", "=", "user")]].all()
+    assert found[[vocabulary[str(number)] for number in range(8, 19)]].any()  # no prompt has these
+    assert not found[[vocabulary[word] for word in ("a", "system", "<unk>")]].any()
+
+
 def test_rows_that_moved():
     exact = torch.tensor([[3.0, 0.0], [0.0, 0.0], [0.0, 4.0]])
     change = torch.tensor([[3.0, 0.0], [0.0, 0.0], [0.0, 0.0]])
@@ -177,7 +186,7 @@ def line(run, config, worth=0.5, greedy=0.6):
     if tolerance_:
         found["kept_columns"] = 0.1
     if weights == tolerance.FULL:
-        own = {"rows": 40, "moved": 40, "norm": 2 + tolerance_, "cosine": 1 - tolerance_}
+        own = {"rows": 40, "moved": 40, "norm": 2 + tolerance_, "cosine": 1 - 100 * tolerance_}
         found["head"] = {"own": own, "others": own | {"rows": 60}}
     return found
 
@@ -240,9 +249,10 @@ def test_the_report_says_what_is_missing(config):
 
 def test_the_heads_rows_are_told_beside_those_of_no_tolerance(config):
     text = tolerance_report.report(found_with(config, less_from(1, 0)))
-    row = "| DPO | 0.003 | 5 | others | 60 | 66.67% | 2.6e-01 | 1.002 ± 0.000 | 0.997 ± 0.000 |"
+    row = "| DPO | 0.003 | 5 | others | 60 | 66.67% | 2.6e-01 | 1.002 ± 0.000 | 0.700 ± 0.000 |"
     assert row in text and text.count("| others |") == 2 * len(config["tolerances"])
-    assert "66.67% at δ = 0, 66.67% at δ = 0.0003 (cosine 1.00 to 1.00)" in text
+    told = "66.67% at δ = 0.0003 (cosine 0.97 to 0.97), 66.67% at δ = 0.001 (cosine 0.90 to 0.90)"
+    assert f"66.67% at δ = 0, {told}" in text
 
 
 def test_the_figure_is_drawn_of_whatever_there_is(config, tmp_path, monkeypatch):
