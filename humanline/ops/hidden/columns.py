@@ -132,7 +132,8 @@ class Columns:
 
             return column_energies(dz, weights)
         total = weights.new_zeros(dz.shape[1])
-        squares = weights.new_empty(_rows_at_a_time(dz), dz.shape[1])  # in pages that are there
+        # Of every chunk in the same memory: new pages cost a CPU more than the squares do.
+        squares = weights.new_empty(_rows_at_a_time(dz), dz.shape[1])
         for some, x in _in_floats(dz):
             total.addmv_(torch.mul(x, x, out=squares[: len(x)]).T, weights[some])
         return total
@@ -226,10 +227,11 @@ class Kept:
             from humanline.kernels.take_columns import take_columns_
 
             return take_columns_(dz, self.columns)
-        count = len(self.columns)
-        for some in dz.split(max(1, _CHUNK_FLOATS // count)):
-            some[:, :count] = some.gather(1, self.columns.expand(len(some), -1))
-        return dz[:, :count]
+        front = dz[:, : len(self.columns)]
+        rows = _rows_at_a_time(front)
+        for some, to in zip(dz.split(rows), front.split(rows), strict=True):
+            to.copy_(some.gather(1, self.columns.expand(len(some), -1)))
+        return front
 
     def hidden_gradient(self, dz: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         """``dz @ weight [n, H]`` in float32 (float64 from float64) of the columns ``dz [n, K]``;
@@ -291,17 +293,18 @@ class Kept:
 def _outer_(
     out: Tensor, pairs: list[tuple[Tensor, Tensor]], backend: str, add: bool = False
 ) -> None:
-    """``out =`` the sum of the outer products of columns and rows, or ``+=``."""
+    """``out +=`` the outer products of columns and rows; or, of one pair, ``out =``."""
     if backend == "triton":
         from humanline.kernels.outer import outer_
 
         outer_(out, *map(torch.stack, zip(*pairs, strict=True)), add)
         return
-    columns, rows = map(torch.stack, zip(*pairs, strict=True))
     if add:
+        columns, rows = map(torch.stack, zip(*pairs, strict=True))
         out.addmm_(columns.T, rows)  # one pass over it, however many they are
     else:
-        out.copy_(columns.T @ rows)
+        [(column, row)] = pairs  # rounded as it is written: no sum of that size in float32
+        torch.mul(column[:, None], row, out=out)
 
 
 def _put_rows_(to: Tensor, rows: Tensor, x: Tensor, backend: str, add: bool = False) -> None:
