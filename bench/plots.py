@@ -309,13 +309,12 @@ def memory_at_scale() -> Plot:
     return Plot("predicted-memory-tokens", title, points, draw)
 
 
-_DTYPES = {"float32": "#0072B2", "bfloat16": "#D55E00"}
 _PANELS = {"time": "time, × bare GEMMs", "hidden": "error of dH", "weight": "error of dW"}
 
 
 def columns_left_out(path: Path) -> Plot:
-    """What bench/columns.py measured: time and error against the tolerance, and of the peer that
-    comes nearest, which knows none."""
+    """What bench/columns.py measured: time and errors against the tolerance, beside the peer that
+    comes nearest."""
     record = json.loads(path.read_text(encoding="utf-8"))
     found = [columns.Line(**result) for result in record["results"]]
     bare = columns.bare_seconds(found)
@@ -324,7 +323,7 @@ def columns_left_out(path: Path) -> Plot:
         values = x.median / bare[x.rows, x.dtype], x.hidden_error, x.weight_error
         if x.peer == NEAREST or (x.peer == OURS and x.tolerance):
             for panel, value in zip(_PANELS, values, strict=True):
-                line = points.setdefault(f"{x.rows}: {panel}: {x.dtype}, {x.peer}", [])
+                line = points.setdefault(f"{x.rows}, {x.dtype}: {panel}: {x.peer}", [])
                 line.append((x.tolerance, value))
     where = record["environment"]["device"]
     title = f"GRPO with columns left out, on a real model's rows: time and errors ({where})"
@@ -335,26 +334,25 @@ NEAREST = "torch.compile"
 
 
 def _columns(figure: plt.Figure, points: Points) -> None:
-    """A row of panels for each kind of rows; the peer is a level."""
-    figure.set_size_inches(9, 5.4)
+    """A row of panels for each kind of rows and dtype; a peer without a tolerance is a level."""
     rows = list(dict.fromkeys(name.partition(": ")[0] for name in points))
+    figure.set_size_inches(9, 1.9 * len(rows) + 0.6)
     grid = figure.subplots(len(rows), len(_PANELS), squeeze=False, sharex=True)
     for name, line in points.items():
         row, panel, who = name.split(": ")
         axes = grid[rows.index(row), list(_PANELS).index(panel)]
-        colour = _DTYPES[who.partition(", ")[0]]
-        if who.endswith(OURS):
-            axes.plot(*zip(*line, strict=True), "o-", label=who, color=colour, markersize=4)
+        if who == OURS:
+            axes.plot(*zip(*line, strict=True), label=who, markersize=4, **style_of(who))
         else:
-            axes.axhline(line[0][1], label=who, color=colour, linestyle="--", linewidth=1)
-        axes.set(xscale="log", ylabel=f"{row}: {_PANELS[panel]}")
-        axes.set_yscale("linear" if panel == "time" else "log")
+            axes.axhline(line[0][1], label=who, **style_of(who) | {"marker": ""})
+        axes.set(xscale="log", yscale="linear" if panel == "time" else "log")
+        axes.set_title(f"{row}: {_PANELS[panel]}", fontsize=9, loc="left")
     for axes in grid[:, 0]:
         axes.set_ylim(bottom=0)
     for axes in grid[-1]:
         axes.set_xlabel("gradient_tolerance")
-    handles, labels = grid[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=7, frameon=False)
+    handles = grid[0, 0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=2, fontsize=7, frameon=False)
 
 
 def figures(results: Results) -> Iterable[Plot]:

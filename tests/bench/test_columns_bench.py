@@ -37,7 +37,8 @@ def test_every_line_is_measured(tmp_path, monkeypatch, capsys):
     out = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     points = plots.columns_left_out(record).points
     assert {len(line) for line in points.values()} == {len(columns.TOLERANCES) - 1}
-    assert {name.partition(": ")[0] for name in points} == set(columns.KINDS)
+    assert {name.partition(": ")[0] for name in points} == {f"{k}, float32" for k in columns.KINDS}
+    assert {name.rpartition(": ")[2] for name in points} <= set(plots.PEERS)
     (path,) = plots.draw(tmp_path, [plots.columns_left_out(record)])
     assert path.stat().st_size > 5000
     for kind in columns.KINDS:
