@@ -2,7 +2,7 @@
 ``humanline.Parallel`` in their order.
 
 Floating-point values alone: beside them each call exchanges a few sizes, and where rows are shared
-9 bytes a row of masks and of the numbers of sequences.
+their masks, the numbers of their sequences and, where they travel, labels.
 """
 
 import math

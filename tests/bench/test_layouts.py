@@ -12,10 +12,11 @@ from torch.distributed.fsdp import fully_shard
 import humanline as hl
 from bench.cases import Case
 from bench.paper import layouts
-from bench.paper.model import H100, Layout, predict
+from bench.paper.model import H100, VALUES, Layout, predict
 from humanline.ops.hidden.gathered import rows_send_less
 
 RANKS, WIDTH = 2, 5
+OBJECTIVES = {"sft": hl.SFT(), "dpo": hl.DPO(), "kto": hl.KTO(), "grpo": hl.GRPO()}
 
 
 def step(objective, rows, weight, dtype=torch.float32, **options):
@@ -27,6 +28,8 @@ def step(objective, rows, weight, dtype=torch.float32, **options):
     if isinstance(objective, hl.GRPO):
         # One a row, so that it is no matter how many sequences a rank has.
         options["advantages"] = torch.linspace(-1, 1, rows)
+    if isinstance(objective, hl.KTO):
+        options |= {"desirable": torch.arange(rows // 6) % 2 == 0, "z0": 0.1}
     reference = torch.zeros(rows) if objective.needs_reference else None
     ends = torch.arange(0, rows + 1, 6)
     with Collectives() as collectives:
@@ -56,37 +59,36 @@ def a_split_vocabulary(rank):
 
 
 def shared_rows(rank):
-    rows = 18 if rank == 0 else 6
+    rows = 24 if rank == 0 else 12
     for axis in ("sequence", "data"):
         parallel = hl.Parallel(**{axis: dist.group.WORLD})
-        for objective, values in ((hl.SFT(), 0), (hl.GRPO(), 2)):
-            own = 18 if axis == "sequence" else rows  # rows of the same sequences
+        for name, objective in OBJECTIVES.items():
+            own = 24 if axis == "sequence" else rows  # rows of the same sequences
             found = step(objective, own, leaf(torch.randn(33, WIDTH)), parallel=parallel)
-            assert found == given(layouts.shared_rows(18, values + 1, RANKS))
+            assert found == given(layouts.shared_rows(24, VALUES[name] + 1, RANKS)), name
 
 
 def a_sharded_head(rank):
     """Both ways that it may be used, each where it is the one that is chosen."""
     mesh = init_device_mesh("cpu", (RANKS,))
     parallel = hl.Parallel(data=mesh)
-    rows = 18 if rank == 0 else 6
+    rows = 24 if rank == 0 else 12
     for vocab in (7, 67):
         head = nn.Linear(WIDTH, vocab, bias=False)
         fully_shard(head, mesh=mesh)
-        for objective, values in ((hl.SFT(), 0), (hl.GRPO(), 2)):
+        for name, objective in OBJECTIVES.items():
             found = sorted(step(objective, rows, head.weight, parallel=parallel))
-            travel = rows_send_less(24, vocab, 4, 4)
+            travel = rows_send_less(36, vocab, 4, 4)
             assert travel == (vocab == 67)
-            expected = layouts.shared_rows(18, values + (not travel), RANKS)
+            expected = layouts.shared_rows(24, VALUES[name] + (not travel), RANKS)
             if travel:
-                expected += layouts.travelling_rows(18, 24, WIDTH, 4, RANKS)
+                expected += layouts.travelling_rows(24, 36, WIDTH, 4, RANKS)
             else:
                 expected += layouts.gathered_head(vocab, WIDTH, 4, RANKS)
-            assert found == sorted(given(expected))
+            assert found == sorted(given(expected)), name
 
 
 CHECKS = [a_split_vocabulary, shared_rows, a_sharded_head]
-
 
 outcome = outcome_of(CHECKS, RANKS)
 

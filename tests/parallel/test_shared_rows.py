@@ -525,7 +525,6 @@ def a_head_of_slices_that_are_split(rank):
 
 FOUR = [two_axes, a_head_of_slices_that_are_split]
 
-
 outcome_of_four = outcome_of(FOUR, 4)
 
 
