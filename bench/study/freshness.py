@@ -13,7 +13,6 @@ thread and some 3 GB (an estimate). ``python -m bench.study.freshness_report`` w
 
 import argparse
 import functools
-import itertools
 import math
 import statistics
 import time
@@ -100,6 +99,11 @@ class Batch:
     mismatched: int = 0
 
     @property
+    def own(self) -> int:
+        """How many rows are trained on."""
+        return len(self.rows) - self.mismatched
+
+    @property
     def mask(self) -> Tensor:
         return self.texts.mask.flatten(0, 1)[self.rows]
 
@@ -107,7 +111,7 @@ class Batch:
         self, objective: hl.Objective, logps: Tensor, ref_logps: Tensor | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """And statistics, of log-probs ``[S, C]`` of its rows."""
-        own, given = len(self.rows) - self.mismatched, dict(self.arguments)
+        own, given = self.own, dict(self.arguments)
         if self.mismatched:
             given["kl_logps"], given["kl_ref_logps"] = logps[own:], ref_logps[own:]
             given["kl_mask"] = self.mask[own:]
@@ -167,12 +171,10 @@ def right_and_wrong(rewards: Tensor, generator: torch.Generator) -> tuple[Tensor
 
 def mismatched(run: Run, texts: blocks.Texts, span: slice) -> blocks.Texts:
     """Each prompt with the completions of the one before it."""
-    ids, mask = iter(texts.ids.roll(1, 0)), iter(texts.mask.roll(1, 0))
-    parts = []
-    for prompts in some(run.read, span, run.config["task"]["at_once"]):
-        few = (torch.stack(list(itertools.islice(x, len(prompts)))) for x in (ids, mask))
-        parts.append(blocks.known(run.frozen, prompts, *few))
-    return blocks.Texts.cat(parts)
+    read = list(some(run.read, span, run.config["task"]["at_once"]))
+    ids, mask = (x.roll(1, 0).split(list(map(len, read))) for x in (texts.ids, texts.mask))
+    few = zip(read, ids, mask, strict=True)
+    return blocks.Texts.cat([blocks.known(run.frozen, *each) for each in few])
 
 
 def score(policy: blocks.Policy, batch: Batch) -> Tensor:
@@ -226,11 +228,12 @@ def train(
         optimizer.step()
         optimizer.zero_grad()
         cost["training_seconds"] += time.process_time() - start
-        cost["trained_on"] += len(batch.rows) - batch.mismatched
+        cost["trained_on"] += batch.own
         if step and ref_logps is not None:  # at first the reference is the policy
             unclamped.append(float(stats["humanline/unclamped"]))
             if step <= config["tuning"]["drift_steps"]:
-                early.append((logps.detach() - ref_logps)[batch.mask].abs())
+                moved = (logps.detach() - ref_logps)[: batch.own]
+                early.append(moved[batch.mask[: batch.own]].abs())
     else:
         curve.append(measure(policy, run))
     evaluations = recipe["steps"] // recipe["evaluate_every"] + 1

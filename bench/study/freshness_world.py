@@ -110,13 +110,13 @@ def build_world(folder: str, config: dict[str, Any], seed: int) -> World:
     read = read_prompts(frozen, prompts, config)
     end = tokenizer.eos_token_id
     pool = draw(frozen, policy, read, slice(0, len(prompts)), config, end, draws)
-    again = encode(tokenizer, measured)[:, beginning:]
-    right = answers(tokenizer, measured)[:, None]
-    every = torch.ones_like(right, dtype=torch.bool)
-    texts, wrong = blocks.known(frozen, frozen.read_prompts(again), right, every), None
+    again = read_prompts(frozen, encode(tokenizer, measured)[:, beginning:], config)
+    right, wrong = answers(tokenizer, measured)[:, None], None
     if slope_of(config) is not None:
-        told = answer(frozen, policy, read_prompts(frozen, again, config), config, end)
-        wrong = judge.wrong_digits(told, right[:, 0])
+        wrong = judge.wrong_digits(answer(frozen, policy, again, config, end), right[:, 0])
+    every = torch.ones_like(right, dtype=torch.bool)
+    few = zip(again, *(x.split(config["task"]["at_once"]) for x in (right, every)), strict=True)
+    texts = blocks.Texts.cat([blocks.known(frozen, *each) for each in few])
     return World(prompts, answers(tokenizer, train), pool, texts, wrong, draws.get_state())
 
 

@@ -186,7 +186,7 @@ def test_kto_takes_the_pair_and_reads_each_completion_after_another_prompt(
 
     batch = freshness.make_batch(arm, texts, rewards, 1.0, others, draws)
     assert batch.arguments["desirable"].tolist() == [True] * 3 + [False] * 3
-    assert batch.mismatched == 6 == len(batch.rows) - 6
+    assert batch.mismatched == batch.own == 6 == len(batch.rows) - 6
     ids, prompts = batch.texts.ids, batch.texts.prompts
     assert torch.equal(ids[3:], ids[:3].roll(1, 0)) and torch.equal(prompts[3:], prompts[:3])
     again = blocks.known(frozen, next(worlds.some(whole.read, span, 3)), texts.ids, texts.mask)
