@@ -27,6 +27,18 @@ def folder(tmp_path_factory):
     return folder
 
 
+def launched(folder, world):
+    """The exit code, None after a hang, and what the processes said."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    options = {"capture_output": True, "text": True, "env": environment}
+    try:
+        # Of a hang: it takes two minutes on a free machine, and three tests share one.
+        done = subprocess.run([*LAUNCH, SCRIPT, folder, world], timeout=900, **options)
+    except subprocess.TimeoutExpired as hung:
+        return None, f"{hung}: {(hung.stderr or b'').decode()}"
+    return done.returncode, done.stderr
+
+
 @pytest.fixture(scope="module")
 def ran(folder):
     """Runs the cases of a world in two processes; starting them is what takes time."""
@@ -36,15 +48,9 @@ def ran(folder):
         if world == "deepspeed" and importlib.util.find_spec("deepspeed") is None:
             pytest.skip("DeepSpeed is not installed")
         if world not in outputs:
-            outputs[world] = subprocess.run(
-                [*LAUNCH, SCRIPT, folder, world],
-                capture_output=True,
-                text=True,
-                timeout=300,
-                env=os.environ | {"OMP_NUM_THREADS": "1"},
-            )
-        done = outputs[world]
-        assert done.returncode == 0, done.stderr[-3000:]
+            outputs[world] = launched(folder, world)
+        code, said = outputs[world]
+        assert code == 0, said[-3000:]
 
     return run
 
