@@ -153,6 +153,11 @@ class Parallel:
             ``sequence`` and ``data`` to the gradient of the loss. "mean": multiplied by the number
             of these ranks, for an engine that averages over them, as DDP and FSDP do.
 
+    Logits, hidden states and those of a reference may be DTensors on a mesh of these axes, split
+    along their first dimension over ``data``, along the last but one over ``sequence``; over
+    ``vocab`` logits along the last, and hidden states anyhow: they are gathered. Gradients lie as
+    they do.
+
     Over ``sequence`` and ``data`` a loss is that of all rows of all ranks, and so are its
     statistics: normalisers, KTO's reference point and whatever an objective sorts or counts. The
     batch's numbers, such as ``num_items_in_batch``, are those of all ranks. Every rank holds some

@@ -309,7 +309,7 @@ class Objective:
         if no_head_of_ref and not capturable and not gradient_tolerance:
             of_slice = ops.slice_for_all_rows(hidden, weight, bias, parallel)
             if of_slice is not None:
-                shard, weight, bias = of_slice
+                shard, hidden, weight, bias = of_slice
                 options = replace(options, bias=bias, shard=shard)
                 ops.check_hidden(hidden, weight, labels, options)
                 problem = join(self._problem(layout, ref_logps, batch, parallel), parallel)

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from humanline import autograd, checks
 from humanline.parallel import Axis, Parallel
-from humanline.sharding import is_dtensor
 
 
 @dataclass(frozen=True)
@@ -68,20 +67,9 @@ class Shard:
         local = torch.where(elsewhere, self.size, local)
         return torch.where(valid, local, torch.where(labels < 0, labels.long(), self.size + 1))
 
-    def hidden(self, hidden: Tensor, name: str) -> Tensor:
-        """Hidden states that all ranks have: each finds a part of their gradient. A DTensor's are
-        gathered, and the gradient goes back as they came.
-
-        Raises:
-            ValueError: a DTensor of another mesh.
-        """
-        if not is_dtensor(hidden):
-            return _Replicated.apply(hidden, self.axis)
-        if not self.axis.is_of(hidden.device_mesh):
-            checks.require_tensors(**{name: hidden})
-        from torch.distributed.tensor import Partial, Replicate
-
-        return hidden.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
+    def hidden(self, hidden: Tensor) -> Tensor:
+        """Hidden states that all ranks have: each finds a part of their gradient."""
+        return _Replicated.apply(hidden, self.axis)
 
     def as_wide(self, weight: Tensor) -> Tensor:
         """``[V/P, H]`` of the widest slice, without memory: blocks are as many on every rank."""
@@ -132,23 +120,3 @@ class _Replicated(torch.autograd.Function):
     @autograd.backward
     def backward(ctx, grad):
         return ctx.axis.sum_(grad.contiguous()), None
-
-
-def local_part(x: Tensor | None, name: str, parallel: Parallel, dim: int) -> Tensor | None:
-    """A DTensor that the ranks of ``vocab`` have split along ``dim``: what this one has of it. Any
-    other value is returned as it is.
-
-    Raises:
-        ValueError: it lies on their mesh and is not split so.
-    """
-    axis = parallel.axis("vocab")
-    if axis is None or not is_dtensor(x) or not axis.is_of(x.device_mesh):
-        return x
-    (placement,) = x.placements
-    checks.require(
-        placement.is_shard(dim % x.dim()),
-        lambda: (
-            f"{name} must be split over the {axis} along dimension {dim % x.dim()}, got {placement}"
-        ),
-    )
-    return x.to_local(grad_placements=x.placements)

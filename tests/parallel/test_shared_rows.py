@@ -12,7 +12,7 @@ from ranks import Collectives, outcome_of, require_passed
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 import humanline as hl
@@ -88,13 +88,14 @@ def total(x, group=None):
     return x
 
 
-def losses(data, case, packed, columns=ALL, hidden_options=(), **options):
-    """Result and leaves of each entry point."""
+def losses(data, case, packed, columns=ALL, hidden_options=(), lying=(leaf, leaf), **options):
+    """Result and leaves of each entry point; hidden states and logits as ``lying`` has them."""
+    states, scores = lying
     weight, bias = leaf(data.weight[columns]), leaf(data.bias[columns])
     logps = leaf(data.shaped(data.logps, packed))
-    hidden = leaf(data.shaped(data.hidden, packed))
+    hidden = states(data.shaped(data.hidden, packed))
     logits = oracle.eager_logits(data.hidden, data.weight, data.bias)[..., columns]
-    logits = leaf(data.shaped(logits, packed))
+    logits = scores(data.shaped(logits, packed))
     of_logps = {k: x for k, x in options.items() if k != "backend"}
     yield data.from_logps(case, perception(case), logps, packed, **of_logps), (logps,)
     yield data.from_logits(case, perception(case), logits, packed, **options), (logits,)
@@ -107,9 +108,11 @@ def losses(data, case, packed, columns=ALL, hidden_options=(), **options):
 def compare(data, have, parallel, case, packed=False, tol=1e-12, factor=1, group=None, **options):
     """The loss and statistics of one process with all rows, gradients of own ones."""
     mine = data.part(**have)
-    columns = options.pop("columns", ALL)
+    here = {"parallel": parallel}
+    here |= {name: options.pop(name) for name in ("columns", "lying") if name in options}
+    columns = here.get("columns", ALL)
     expected = losses(data, case, False, **options)
-    found = losses(mine, case, packed, columns=columns, parallel=parallel, **options)
+    found = losses(mine, case, packed, **here, **options)
     for (whole, inputs), (result, own) in zip(expected, found, strict=True):
         close(result, whole, tol)
         assert same_on_all_ranks(result[0])
@@ -120,9 +123,17 @@ def compare(data, have, parallel, case, packed=False, tol=1e-12, factor=1, group
             of_rows = of_rows[..., columns]
         of_rows = of_rows[have.get("sequences", ALL), have.get("rows", ALL)]
         of_rows = factor * mine.shaped(of_rows, packed)
+        if isinstance(ours, DTensor):
+            assert ours.placements == own[0].placements
+            ours = ours.to_local()
         close(ours, of_rows, tol)
         for theirs, part in zip(of_head, of_our_head, strict=True):
             close(total(part, group), factor * theirs[columns], tol)
+
+
+def placed(mesh, *placements):
+    """What makes a DTensor, a leaf, of this rank's part."""
+    return lambda x: leaf(DTensor.from_local(x.contiguous(), mesh, placements))
 
 
 def along(axis, group, **options):
@@ -142,6 +153,87 @@ def other_sequences(rank):
     data = Batch()
     for case in oracle.CASES:
         compare(data, DATA["uneven"][rank], along("data", dist.group.WORLD), case)
+
+
+def rows_as_dtensors(rank):
+    """Hidden states and logits that lie on the mesh of the axis: taken as they are."""
+    mesh, data = init_device_mesh("cpu", (RANKS,)), Batch()
+    for case in oracle.FEW:
+        for axis, have, dim in (("data", DATA, 0), ("sequence", SEQUENCE, 1)):
+            lying = (placed(mesh, Shard(dim)),) * 2
+            compare(data, have["uneven"][rank], along(axis, mesh), case, lying=lying)
+    lying = (placed(mesh, Shard(0)),) * 2
+    compare(data, DATA["uneven"][rank], along("data", mesh), case, packed=True, lying=lying)
+    mesh = init_device_mesh("cpu", (RANKS, 1), mesh_dim_names=("dp", "tp"))
+    lying = (placed(mesh, Shard(0), Replicate()),) * 2  # what one rank has needs no axis
+    compare(data, DATA["uneven"][rank], along("data", mesh["dp"]), case, lying=lying)
+
+
+def log_probs_of_rows_as_dtensors(rank):
+    """The reference's within an objective, too, and beside a head that FSDP2 has split."""
+    mesh, data, ref = init_device_mesh("cpu", (RANKS,)), Batch(), Batch()
+    mine, place = data.part(**DATA["uneven"][rank]), placed(mesh, Shard(0))
+    parallel, sequences = hl.Parallel(data=mesh), DATA["uneven"][rank]["sequences"]
+    split = distribute_tensor(data.weight, mesh, [Shard(0)]).requires_grad_()
+    hidden, weight = leaf(data.hidden), leaf(data.weight)
+    whole = hl.linear_token_logps(hidden, weight, data.labels)
+    upstream = torch.randn(whole.shape, dtype=whole.dtype)
+    (whole * upstream).sum().backward()
+    own = place(mine.hidden)
+    found = hl.linear_token_logps(own, split, mine.labels, parallel=parallel)
+    close(found, whole[sequences])
+    (found * upstream[sequences]).sum().backward()
+    close(own.grad.to_local(), hidden.grad[sequences])
+    close(split.grad.full_tensor(), weight.grad)
+    logits = place(oracle.eager_logits(mine.hidden, data.weight))
+    close(hl.token_logps(logits, mine.labels, parallel=parallel), whole[sequences])
+
+    of_ref, head_of_ref = torch.tanh(ref.hidden), ref.weight.flip(0)
+    for objective in (hl.DPO(), hl.DPO(perception=hl.Clip())):
+        states = leaf(data.hidden)
+        options = {"ref_hidden": of_ref, "ref_weight": head_of_ref}
+        expected = objective.from_hidden(states, data.weight, data.labels, **options)
+        own = place(mine.hidden)
+        options["ref_hidden"] = place(of_ref[sequences])
+        found = objective.from_hidden(own, split, mine.labels, **options, parallel=parallel)
+        close(found, expected)
+        (theirs,), (ours,) = gradients(expected[0], states), gradients(found[0], own)
+        close(ours.to_local(), theirs[sequences])
+
+
+def rows_as_other_dtensors(rank):
+    """Refused before anything is computed: the axis that is meant, and how it must be split."""
+    mesh, data = init_device_mesh("cpu", (RANKS,)), Batch()
+    labels = data.labels[:, :4]
+    hidden = torch.randn(6, 4, data.H, dtype=torch.float64)
+    calls = {
+        "hidden": lambda x, **axes: hl.SFT().from_hidden(
+            x, data.weight, labels, parallel=hl.Parallel(**axes)
+        ),
+        "ref_hidden": lambda x, **axes: hl.DPO().from_hidden(
+            *(hidden, data.weight, labels),
+            ref_hidden=x,
+            ref_weight=data.weight,
+            parallel=hl.Parallel(**axes),
+        ),
+        "logits": lambda x, **axes: hl.token_logps(x, labels, parallel=hl.Parallel(**axes)),
+    }
+    for name, call in calls.items():
+        for axis, dim, placement in (
+            ("data", 0, Replicate()),
+            ("data", 0, Shard(1)),
+            ("sequence", 1, Shard(0)),
+            ("sequence", 1, Shard(2)),
+        ):
+            x = distribute_tensor(hidden, mesh, [placement])
+            expected = f"^{name} must be split over the {axis} axis .* along dimension {dim}, got "
+            with pytest.raises(ValueError, match=expected):
+                call(x, **{axis: mesh})
+        with pytest.raises(ValueError, match=rf"^{name} is a DTensor .*{name}\.to_local\(\)"):
+            call(x)
+    with pytest.raises(ValueError, match=r"^logits is a DTensor"):  # of one row
+        one = distribute_tensor(torch.randn(8), mesh, [Shard(0)])
+        hl.token_logps(one, torch.tensor(1), parallel=hl.Parallel(data=mesh))
 
 
 def ranks_without_rows_and_packed_ones(rank):
@@ -440,6 +532,9 @@ CHECKS = [
     an_fsdp2_head_to_which_rows_travel,
     split_sequences,
     other_sequences,
+    rows_as_dtensors,
+    log_probs_of_rows_as_dtensors,
+    rows_as_other_dtensors,
     ranks_without_rows_and_packed_ones,
     gradients_for_an_engine_that_averages,
     rows_that_do_not_fit,
@@ -476,6 +571,42 @@ def two_axes(rank):
             columns = slice(4) if inner == 0 else slice(4, 7)
             have, group = ways["uneven"][outer], mesh["outer"].get_group()
             compare(data, have, parallel, case, group=group, columns=columns)
+
+
+def dtensors_on_two_axes(rank):
+    """Rows split over one dimension of a mesh, and over the other rows again, or the vocabulary: of
+    it logits are split, and hidden states whole or, as sequence parallelism leaves them, split."""
+    mesh, data = init_device_mesh("cpu", (2, 2), mesh_dim_names=("outer", "inner")), Batch()
+    outer, inner = mesh.get_coordinate()
+    columns = slice(4) if inner == 0 else slice(4, 7)
+    for case in oracle.FEW:
+        have = DATA["uneven"][outer] | SEQUENCE["uneven"][inner]
+        parallel = hl.Parallel(data=mesh["outer"], sequence=mesh["inner"])
+        compare(data, have, parallel, case, lying=(placed(mesh, Shard(0), Shard(1)),) * 2)
+        for axis, ways, dim in (("data", DATA, 0), ("sequence", SEQUENCE, 1)):
+            compare(
+                *(data, ways["uneven"][outer]),
+                hl.Parallel(**{axis: mesh["outer"]}, vocab=mesh["inner"]),
+                case,
+                group=mesh["outer"].get_group(),
+                columns=columns,
+                lying=(placed(mesh, Shard(dim), Replicate()), placed(mesh, Shard(dim), Shard(2))),
+            )
+    parallel = hl.Parallel(data=mesh["outer"], vocab=mesh["inner"])
+    weight, whole = leaf(data.weight), leaf(data.hidden)
+    expected = hl.SFT().from_hidden(whole, weight, data.labels)[0]
+    expected.backward()
+    split = distribute_tensor(data.weight, mesh["inner"], [Shard(0)]).requires_grad_()
+    for placements in ([Shard(0), Shard(1)], [Shard(0), Replicate()], [Shard(0), Shard(2)]):
+        hidden = distribute_tensor(data.hidden, mesh, placements).requires_grad_()
+        split.grad = None
+        own = data.labels[3 * outer : 3 * outer + 3]
+        loss = hl.SFT().from_hidden(hidden, split, own, parallel=parallel)[0]
+        loss.backward()
+        close(loss, expected)
+        assert hidden.grad.placements == tuple(placements)
+        close(hidden.grad.full_tensor(), whole.grad)
+        close(total(split.grad.full_tensor(), mesh["outer"].get_group()), weight.grad)
 
 
 def a_head_of_slices_that_are_split(rank):
@@ -523,7 +654,7 @@ def a_head_of_slices_that_are_split(rank):
         hl.linear_token_logps(mine.hidden, data_first, mine.labels, parallel=hl.Parallel(**axes))
 
 
-FOUR = [two_axes, a_head_of_slices_that_are_split]
+FOUR = [two_axes, dtensors_on_two_axes, a_head_of_slices_that_are_split]
 
 outcome_of_four = outcome_of(FOUR, 4)
 

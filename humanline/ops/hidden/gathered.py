@@ -15,6 +15,7 @@ from torch import Tensor
 from humanline import autograd, checks
 from humanline.dtypes import at_least_float32
 from humanline.joined import Share
+from humanline.ops.dtensors import HIDDEN, own_part
 from humanline.ops.vocabulary import Shard
 from humanline.parallel import Axis, Parallel
 from humanline.sharding import is_dtensor
@@ -71,9 +72,9 @@ def _factor(parallel: Parallel) -> float:
 
 def slice_for_all_rows(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, parallel: Parallel
-) -> tuple[Shard, Tensor, Tensor | None] | None:
-    """Which slice of the vocabulary this rank's part of weight and bias is, and these parts; None
-    where the head is not split so, or had better travel itself."""
+) -> tuple[Shard, Tensor, Tensor, Tensor | None] | None:
+    """Which slice of the vocabulary this rank's part of weight and bias is, its hidden states and
+    these parts; None where the head is not split so, or had better travel itself."""
     axis = parallel.axis("data")
     if parallel.rows != [axis] or parallel.axis("vocab") is not None:
         return None
@@ -81,6 +82,7 @@ def slice_for_all_rows(
     same = isinstance(hidden, Tensor) and all(x.dtype == hidden.dtype for x in tensors)
     if not same or not all(_is_split(x, axis) for x in tensors) or hidden.dim() == 0:
         return None
+    hidden = own_part(hidden, "hidden", parallel, HIDDEN)
     parts = [x.to_local(grad_placements=x.placements) for x in tensors]
     n = hidden.shape[:-1].numel()
     met = axis.exchange(len(parts[0]), n, device=hidden.device)
@@ -90,7 +92,7 @@ def slice_for_all_rows(
     if min(columns) == 0 or not rows_send_less(sum(rows), sum(columns), *sizes, *trains):
         return None
     parts = [_Weighted.apply(x, _factor(parallel)) for x in parts]
-    return Shard(axis, columns), *(*parts, None)[:2]
+    return Shard(axis, columns), hidden, *(*parts, None)[:2]
 
 
 def rows_send_less(

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from humanline import checks
+from humanline.ops.dtensors import HEAD, HIDDEN, own_part, spans
 from humanline.ops.hidden.gathered import gathered
 from humanline.ops.temperature import check_temperature, row_temperature
-from humanline.ops.vocabulary import Shard, local_part
+from humanline.ops.vocabulary import Shard
 from humanline.parallel import Parallel, check_parallel
 from humanline.rows import IGNORE_INDEX
 
@@ -48,22 +49,23 @@ def sliced_head(
     """Hidden states, this rank's weight, and the head with the slice of the vocabulary that it is
     of, if that is split."""
     parallel = check_parallel(parallel)
+    states = own_part(hidden, prefix + "hidden", parallel, HIDDEN)
     weight, bias = (
-        _whole_slice(x, prefix + name, hidden, parallel)
+        _whole_slice(x, prefix + name, states, parallel)
         for x, name in ((weight, "weight"), (head.bias, "bias"))
     )
     checks.require_tensors(**{prefix + "weight": weight})
     shard = Shard.of(parallel, weight.shape[0] if weight.dim() else 0, weight.device)
-    if shard is not None and isinstance(hidden, Tensor):
-        hidden = shard.hidden(hidden, prefix + "hidden")
-    return hidden, weight, replace(head, bias=bias, shard=shard)
+    if shard is not None and isinstance(hidden, Tensor) and not spans(hidden, shard.axis):
+        states = shard.hidden(states)
+    return states, weight, replace(head, bias=bias, shard=shard)
 
 
 def _whole_slice(x: Tensor | None, name: str, hidden: Tensor, parallel: Parallel) -> Tensor | None:
     """Of a DTensor all that this rank multiplies with, where the axes say what that is."""
     if isinstance(hidden, Tensor):
         x = gathered(x, name, hidden.dtype, parallel)
-    return local_part(x, name, parallel, 0)
+    return own_part(x, name, parallel, HEAD)
 
 
 def check_sliced(head: Head, capturable: bool, gradient_tolerance: float) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor
 from humanline import autograd, checks
 from humanline.dtypes import compute_dtype
 from humanline.ops.backend import choose_backend
+from humanline.ops.dtensors import LOGITS, own_part
 from humanline.ops.logits.blocks import row_blocks, zero_rows_
 from humanline.ops.softmax import SoftmaxBlock
 from humanline.ops.temperature import (
@@ -15,7 +16,7 @@ from humanline.ops.temperature import (
     divide_by_temperature,
     row_temperature,
 )
-from humanline.ops.vocabulary import Shard, local_part
+from humanline.ops.vocabulary import Shard
 from humanline.parallel import Parallel, check_parallel
 from humanline.rows import IGNORE_INDEX
 from humanline.seam import Coefficients
@@ -77,7 +78,7 @@ def token_logps(
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit; a label outside ``[0, V)`` that is not
-            -100; a temperature that is not positive; a DTensor.
+            -100; a temperature that is not positive; a DTensor that no axis says how to read.
         TypeError: something else than a tensor or a number.
     """
     logits, shard = sliced_logits(logits, parallel)
@@ -124,7 +125,7 @@ def shift(labels: Tensor) -> Tensor:
 def sliced_logits(logits: Tensor, parallel: Parallel | None) -> tuple[Tensor, Shard | None]:
     """This rank's logits, and the slice of the vocabulary that they are, if it is split."""
     parallel = check_parallel(parallel)
-    logits = local_part(logits, "logits", parallel, -1)
+    logits = own_part(logits, "logits", parallel, LOGITS)
     checks.require_tensors(logits=logits)
     columns = logits.shape[-1] if logits.dim() else 0
     return logits, Shard.of(parallel, columns, logits.device)
