@@ -17,6 +17,16 @@ def fixed_seed():
     torch.manual_seed(0)
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """A file is one worker's, unless ``--dist`` says otherwise: what a file shares, such as
+    processes that are started once for all of its tests, would be made by each worker."""
+    if config.option.dist == "load":
+        from xdist.scheduler import LoadFileScheduling
+
+        return LoadFileScheduling(config, log)
+
+
 # `pytest -m core`: what one who changes a kernel wants to know while at it. Some cases of each test
 # that core.txt names, but of those under bench/, which compile for minutes.
 TESTS = Path(__file__).parent
