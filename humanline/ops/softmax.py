@@ -1,9 +1,14 @@
 """Softmax of a block of logits, in the logits' own memory: log-probs, entropy, gradient."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
+from humanline import checks
 from humanline.ops.vocabulary import Shard
+
+_FLOATS_A_THREAD = 2**18  # that a core's cache holds while it passes over them several times
 
 
 class SoftmaxBlock:
@@ -26,15 +31,17 @@ class SoftmaxBlock:
         shard: Shard | None = None,
     ):
         self._set_labels(labels, shard)
-        top = logits.amax(-1, keepdim=True)
-        picked = logits.gather(1, self.labels) - top
-        exp = logits.sub_(top).exp_()
-        total = exp.sum(-1, keepdim=True)
-        self.logps = (picked - total.log()).squeeze(1)
+        top, total = (logits.new_empty(len(logits), 1) for _ in range(2))
+        picked = logits.gather(1, self.labels)
+        for rows in _cached(logits):
+            z = logits[rows]
+            torch.amax(z, -1, keepdim=True, out=top[rows])
+            torch.sum(z.sub_(top[rows]).exp_(), -1, keepdim=True, out=total[rows])
+        self.logps = (picked - top - total.log()).squeeze(1)
         self.row_max, self.row_sum = top.squeeze(1), total.squeeze(1)
         self._total = self.row_sum  # of the exponentials
         # The division by the sum is left to the gradient: a forward alone does without that pass.
-        self._exp = exp
+        self._exp = logits
         self.entropy = None
         if with_entropy:
             self.entropy = self._minus_p_log_p().sum(-1)
@@ -60,7 +67,9 @@ class SoftmaxBlock:
         block.logps, block.entropy = logps, entropy
         block.row_max = row_max
         block.row_sum = block._total = row_sum
-        block._exp = logits.sub_(row_max[:, None]).exp_()
+        for rows in _cached(logits):
+            logits[rows].sub_(row_max[rows, None]).exp_()
+        block._exp = logits
         return block
 
     def _set_labels(self, labels: Tensor, shard: Shard | None) -> None:
@@ -105,6 +114,15 @@ class SoftmaxBlock:
         if self._here is not None:
             at_label = torch.where(self._here, at_label, grad.gather(1, self.labels))
         return grad.scatter_(1, self.labels, at_label)
+
+
+def _cached(x: Tensor) -> Iterator[slice]:
+    """Some rows of ``x [n, V]`` at a time, a row for each thread at least; all of them on a GPU."""
+    threads, size = torch.get_num_threads(), len(x)
+    if checks.free_to_read(x):
+        size = max(threads, threads * _FLOATS_A_THREAD // x.shape[1])
+    for start in range(0, len(x), max(1, size)):
+        yield slice(start, start + size)
 
 
 def front_order(active: Tensor) -> Tensor:
