@@ -19,9 +19,9 @@ CHOICES = {"objective": list(OBJECTIVES), "entry": ["logits", "hidden"], "dtype"
 EXAMPLES = """
 examples:
   humanline bench                                 the quick suite
-  humanline bench --suite cpu --output bench/results/cpu-2-cores/results.json
+  humanline bench --suite cpu --output bench/results/xeon-2-cores/results.json
   humanline bench --objective dpo --entry hidden --tokens 4096 --active 0.5
-  humanline bench --show bench/results/cpu-2-cores/results.json
+  humanline bench --show bench/results/xeon-2-cores/results.json
 """
 
 
