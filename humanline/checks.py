@@ -77,7 +77,7 @@ def require_tensors(**tensors: Any) -> None:
             sharding is None,
             lambda name=name, sharding=sharding: (
                 f"{name} is a DTensor with placements {sharding}, and a whole tensor is needed: "
-                + (_UNSHARD if name.endswith(("weight", "bias")) else _UNSHARD_ROWS).format(name)
+                + unsharding(name)
             ),
         )
 
@@ -99,9 +99,15 @@ _UNSHARD = (
     "{0}.full_tensor() alone would give each rank the gradient of its own rows only"
 )
 _UNSHARD_ROWS = (
-    "pass {0}.to_local() where each rank holds whole rows of its own, or {0}.full_tensor() where "
+    "name who shares its rows, parallel=humanline.Parallel(data=…) or (sequence=…), or pass "
+    "{0}.to_local() where each rank holds whole rows of its own, or {0}.full_tensor() where "
     "all ranks compute the loss of the same rows"
 )
+
+
+def unsharding(name: str) -> str:
+    """What to pass in place of a DTensor."""
+    return (_UNSHARD if name.endswith(("weight", "bias")) else _UNSHARD_ROWS).format(name)
 
 
 def _not_a_tensor(name: str, x: Any) -> str:

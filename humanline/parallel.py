@@ -95,6 +95,8 @@ class Axis:
 
     def is_dimension(self, mesh: Any, number: int) -> bool:
         """Whether these are the ranks of a dimension of a DeviceMesh."""
+        if mesh.get_coordinate() is None:  # this rank is none of the mesh's
+            return False
         return dist.get_process_group_ranks(mesh.get_group(number)) == self.ranks
 
     def _run(self, collective: Callable, *tensors: Tensor) -> None:
@@ -155,8 +157,8 @@ class Parallel:
 
     Logits, hidden states and those of a reference may be DTensors on a mesh of these axes, split
     along their first dimension over ``data``, along the last but one over ``sequence``; over
-    ``vocab`` logits along the last, and hidden states anyhow: they are gathered. Gradients lie as
-    they do.
+    ``vocab`` logits along the last, and hidden states anyhow, also as parts of a sum: they are
+    gathered. Gradients lie as they do.
 
     Over ``sequence`` and ``data`` a loss is that of all rows of all ranks, and so are its
     statistics: normalisers, KTO's reference point and whatever an objective sorts or counts. The

@@ -18,6 +18,7 @@ from humanline.parallel import ALONE, Parallel, check_parallel
 from humanline.perception import Identity, Perception
 from humanline.rows import IGNORE_INDEX, Layout, Rows
 from humanline.seam import Problem
+from humanline.sharding import is_dtensor
 
 Result = tuple[Tensor, dict[str, Tensor]]
 
@@ -228,6 +229,11 @@ class Objective:
         checks.require_tensors_or_none(cu_seqlens=cu_seqlens)
         layout = Layout.of(labels != IGNORE_INDEX, cu_seqlens)
         parallel = check_parallel(parallel)
+        checks.require(
+            not (inplace and is_dtensor(logits)),
+            "inplace=True overwrites logits, and a DTensor's are autograd's: pass the tensor that "
+            "it was made of",
+        )
         logits, shard = ops.sliced_logits(logits, parallel)
         ops.check_logits(logits, labels, temperature, shard)
         problem = self._problem(layout, ref_logps, batch, parallel)
@@ -341,18 +347,11 @@ class Objective:
         unknown = torch.zeros(labels.shape, device=labels.device)
         problem = self._problem(layout, unknown, batch, parallel)
         with torch.no_grad():
-            ref_logps = ops.linear_token_logps(
-                ref_hidden,
-                ref_weight,
-                labels,
-                ref_bias,
-                temperature,
-                logit_scale=logit_scale,
-                logit_softcap=logit_softcap,
+            ref_logps, _ = ops.checked_logps(
+                *(*of_ref[:2], labels, of_ref[2]),
                 workspace_bytes=workspace_bytes,
                 backend=backend,
                 capturable=capturable,
-                parallel=parallel,
             )
         problem = join(replace(problem, ref_logps=ref_logps.reshape(-1)), parallel)
         rows = hidden, weight, head.labels(labels), head

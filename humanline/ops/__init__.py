@@ -11,7 +11,11 @@ from humanline.ops.hidden.head import (
     sliced_head,
 )
 from humanline.ops.hidden.objective import linear_objective
-from humanline.ops.hidden.token_logps import linear_token_logps, logps_and_columns
+from humanline.ops.hidden.token_logps import (
+    checked_logps,
+    linear_token_logps,
+    logps_and_columns,
+)
 from humanline.ops.logits.objective import logits_objective
 from humanline.ops.logits.token_logps import (
     check_logits,
@@ -29,6 +33,7 @@ __all__ = [
     "check_logits",
     "check_sliced",
     "check_tolerance",
+    "checked_logps",
     "choose_backend",
     "finish",
     "linear_objective",

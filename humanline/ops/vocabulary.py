@@ -33,20 +33,27 @@ class Shard:
     sizes: tuple[int, ...]
 
     @classmethod
-    def of(cls, parallel: Parallel, columns: int, device: torch.device) -> "Shard | None":
-        """The slice where so many columns are this rank's; None where nothing is split. A
-        collective, read back.
+    def of(
+        cls, parallel: Parallel, columns: int, rows: int, device: torch.device
+    ) -> "Shard | None":
+        """The slice where so many columns are this rank's, for so many rows; None where nothing is
+        split. A collective, read back.
 
         Raises:
-            ValueError: a rank has none.
+            ValueError: a rank has none, or not as many rows as another.
         """
         axis = parallel.axis("vocab")
         if axis is None or axis.size == 1:
             return None
-        sizes = tuple(size for (size,) in axis.exchange(columns, device=device))
+        met = axis.exchange(columns, rows, device=device)
+        sizes, numbers = (tuple(of_rank[i] for of_rank in met) for i in range(2))
         checks.require(
             min(sizes) > 0,
             lambda: f"every rank of the {axis} needs a slice of the vocabulary, got sizes {sizes}",
+        )
+        checks.require(
+            len(set(numbers)) == 1,
+            lambda: f"ranks of the {axis} have the same rows, got {numbers} of them",
         )
         return cls(axis, sizes)
 

@@ -10,9 +10,9 @@ import torch.distributed as dist
 from oracle import Data, close, gradients, leaf
 from ranks import Collectives, outcome_of, require_passed
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 import humanline as hl
@@ -167,6 +167,11 @@ def rows_as_dtensors(rank):
     mesh = init_device_mesh("cpu", (RANKS, 1), mesh_dim_names=("dp", "tp"))
     lying = (placed(mesh, Shard(0), Replicate()),) * 2  # what one rank has needs no axis
     compare(data, DATA["uneven"][rank], along("data", mesh["dp"]), case, lying=lying)
+    parallel = hl.Parallel(data=mesh["dp"], vocab=mesh["tp"])
+    weight = distribute_tensor(data.weight, mesh, [Shard(0), Replicate()])
+    own = data.part(**DATA["uneven"][rank])
+    found = hl.linear_token_logps(lying[0](own.hidden), weight, own.labels, parallel=parallel)
+    close(found, hl.linear_token_logps(own.hidden, data.weight, own.labels))
 
 
 def log_probs_of_rows_as_dtensors(rank):
@@ -199,6 +204,39 @@ def log_probs_of_rows_as_dtensors(rank):
         close(found, expected)
         (theirs,), (ours,) = gradients(expected[0], states), gradients(found[0], own)
         close(ours.to_local(), theirs[sequences])
+
+
+def on_their_way(rank):
+    """A DTensor may be the promise of one: it is waited for, before a kernel takes its address."""
+    mesh, data = init_device_mesh("cpu", (RANKS,)), Batch(dtype=torch.float32)
+    backends = ("torch", "triton") if HAS_TRITON and interpreting() else ("torch",)
+    split = distribute_tensor(data.weight, mesh, [Shard(0)])
+    expected = hl.linear_token_logps(data.hidden, data.weight, data.labels)
+    parts = DTensor.from_local(data.hidden / RANKS, mesh, [Partial()])
+    for backend in backends:
+        for grad in (True, False):
+            with torch.set_grad_enabled(grad):
+                hidden = parts.redistribute(placements=[Replicate()], async_op=True)
+                found = hl.linear_token_logps(
+                    *(hidden, split, data.labels), backend=backend, parallel=hl.Parallel(vocab=mesh)
+                )
+            close(found, expected, 1e-5)
+
+
+def a_reference_that_is_gathered(rank):
+    """Its part of the head once, as the policy's."""
+    mesh, data = init_device_mesh("cpu", (RANKS,)), Batch(dtype=torch.float32)
+    split, of_ref = (
+        distribute_tensor(x, mesh, [Shard(0)]) for x in (data.weight, data.weight.flip(0))
+    )
+    with Collectives() as collectives:
+        hl.DPO().from_hidden(
+            *(data.hidden, split, data.labels),
+            ref_hidden=data.hidden,
+            ref_weight=of_ref,
+            parallel=hl.Parallel(data=mesh),
+        )
+    assert collectives.floats.count(4 * -(-data.V // RANKS) * data.H) == 2
 
 
 def rows_as_other_dtensors(rank):
@@ -234,6 +272,15 @@ def rows_as_other_dtensors(rank):
     with pytest.raises(ValueError, match=r"^logits is a DTensor"):  # of one row
         one = distribute_tensor(torch.randn(8), mesh, [Shard(0)])
         hl.token_logps(one, torch.tensor(1), parallel=hl.Parallel(data=mesh))
+    with pytest.raises(ValueError, match=r"^logits is a DTensor"):  # of nothing
+        one = distribute_tensor(torch.tensor(1.0), mesh, [Replicate()])
+        hl.token_logps(one, torch.tensor(1), parallel=hl.Parallel(vocab=mesh))
+    mean = DTensor.from_local(hidden, mesh, [Partial("avg")])
+    with pytest.raises(ValueError, match=r"^hidden may lie on the vocab axis .* parts of a sum"):
+        hl.linear_token_logps(mean, data.weight, labels, parallel=hl.Parallel(vocab=mesh))
+    logits = distribute_tensor(hidden, mesh, [Shard(0)])
+    with pytest.raises(ValueError, match="inplace=True overwrites logits, and a DTensor's"):
+        hl.SFT().from_logits(logits * 1, labels, inplace=True, parallel=hl.Parallel(data=mesh))
 
 
 def ranks_without_rows_and_packed_ones(rank):
@@ -534,6 +581,8 @@ CHECKS = [
     other_sequences,
     rows_as_dtensors,
     log_probs_of_rows_as_dtensors,
+    on_their_way,
+    a_reference_that_is_gathered,
     rows_as_other_dtensors,
     ranks_without_rows_and_packed_ones,
     gradients_for_an_engine_that_averages,
@@ -607,6 +656,23 @@ def dtensors_on_two_axes(rank):
         assert hidden.grad.placements == tuple(placements)
         close(hidden.grad.full_tensor(), whole.grad)
         close(total(split.grad.full_tensor(), mesh["outer"].get_group()), weight.grad)
+    rows = hl.Parallel(data=mesh["outer"], sequence=mesh["inner"])
+    own = data.hidden[3 * outer : 3 * outer + 3, SEQUENCE["uneven"][inner]["rows"]]
+    packed = DTensor.from_local(own.contiguous(), mesh, [Shard(0), Shard(1)]).view(-1, data.H)
+    labels = torch.zeros(own.shape[:2], dtype=torch.int64).flatten()
+    found = hl.linear_token_logps(packed, data.weight, labels, parallel=rows)
+    close(found, hl.linear_token_logps(own.flatten(0, 1), data.weight, labels))
+    with pytest.raises(ValueError, match=r"^hidden .* dimension 0 of its mesh .*Parallel\(data="):
+        hl.SFT().from_hidden(
+            *(distribute_tensor(data.hidden, mesh, [Shard(0)] * 2), data.weight, data.labels),
+            parallel=hl.Parallel(vocab=mesh["inner"]),
+        )
+    first = DeviceMesh("cpu", [0, 1])
+    if outer == 1:  # of whose ranks these two are none
+        with pytest.raises(ValueError, match=r"^hidden .* dimension 0 of its mesh \[0, 1\]"):
+            hidden = DTensor.from_local(data.hidden, first, [Shard(0)])
+            parallel = hl.Parallel(data=mesh["inner"])
+            hl.SFT().from_hidden(hidden, data.weight, data.labels, parallel=parallel)
 
 
 def a_head_of_slices_that_are_split(rank):

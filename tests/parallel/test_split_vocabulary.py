@@ -195,6 +195,11 @@ def dtensors(rank):
     hl.token_logps(z, labels).sum().backward()
     hl.token_logps(split, labels, parallel=par).sum().backward()
     close(split.grad.full_tensor(), z.grad)
+    own = slice(1 + rank)
+    with pytest.raises(ValueError, match=r"vocab axis .* have the same rows, got \(4, 8\) of them"):
+        hl.linear_token_logps(hidden[own, :4], weight, labels[own, :4], parallel=par)
+    with pytest.raises(ValueError, match=r"vocab axis .* have the same rows, got \(4, 8\) of them"):
+        hl.token_logps(logits[own, :4], labels[own, :4], parallel=par)
     other = hl.Parallel(vocab=mesh)
     for wrong, message in (
         (

@@ -38,14 +38,19 @@ def gathered(x: Tensor | None, name: str, dtype: torch.dtype, parallel: Parallel
 
 
 def _is_split(x: Tensor | None, axis: Axis | None) -> bool:
-    ours = axis is not None and is_dtensor(x) and axis.is_of(x.device_mesh)
-    return ours and x.placements[0].is_shard(0)
+    """Whether these ranks, and no others, have split it along its first dimension."""
+    if axis is None or not is_dtensor(x):
+        return False
+    mesh = x.device_mesh
+    [i, *others] = [i for i in range(mesh.ndim) if mesh.size(i) > 1] or [0]
+    return not others and axis.is_dimension(mesh, i) and x.placements[i].is_shard(0)
 
 
 def _is_split_slice(x: Tensor | None, name: str, parallel: Parallel) -> bool:
     """Whether it is a slice of a vocabulary that the ranks of ``data`` have split."""
     data, vocab = parallel.axis("data"), parallel.axis("vocab")
-    if data is None or vocab is None or not is_dtensor(x) or x.device_mesh.ndim != 2:
+    both = data is not None and vocab is not None and min(data.size, vocab.size) > 1
+    if not both or not is_dtensor(x) or x.device_mesh.ndim != 2:
         return False
     for of_data, of_vocab in ((0, 1), (1, 0)):
         if all(a.is_dimension(x.device_mesh, i) for a, i in ((data, of_data), (vocab, of_vocab))):

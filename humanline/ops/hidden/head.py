@@ -55,7 +55,9 @@ def sliced_head(
         for x, name in ((weight, "weight"), (head.bias, "bias"))
     )
     checks.require_tensors(**{prefix + "weight": weight})
-    shard = Shard.of(parallel, weight.shape[0] if weight.dim() else 0, weight.device)
+    columns = weight.shape[0] if weight.dim() else 0
+    rows = states.shape[:-1].numel() if isinstance(states, Tensor) else 0
+    shard = Shard.of(parallel, columns, rows, weight.device)
     if shard is not None and isinstance(hidden, Tensor) and not spans(hidden, shard.axis):
         states = shard.hidden(states)
     return states, weight, replace(head, bias=bias, shard=shard)

@@ -206,6 +206,31 @@ def logps_and_columns(
     )
     check_sliced(head, capturable, gradient_tolerance)
     check_hidden(hidden, weight, labels, head)
+    return checked_logps(
+        *(hidden, weight, labels, head),
+        return_entropy=return_entropy,
+        observe=observe,
+        workspace_bytes=workspace_bytes,
+        backend=backend,
+        capturable=capturable,
+        gradient_tolerance=gradient_tolerance,
+    )
+
+
+def checked_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    head: Head,
+    *,
+    return_entropy: bool = False,
+    observe: Observer | None = None,
+    workspace_bytes: int,
+    backend: str | None,
+    capturable: bool,
+    gradient_tolerance: float = 0.0,
+) -> tuple[Tensor | tuple[Tensor, Tensor], Columns]:
+    """The same of a head that is sliced, and of tensors that fit together."""
     labels = head.labels(labels)
     hidden, weight = under_autocast(hidden, weight)
     if observe is not None:  # the kernels never have the logits as the head's options leave them
@@ -242,7 +267,7 @@ def head_logps(
     capturable: bool,
     columns: Columns,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """The same of what is checked, in a dtype that is chosen, on a backend that is."""
+    """And these in a dtype that is chosen, on a backend that is."""
     bias = head.bias
     unit = _only_hidden_trains(hidden, weight, bias) and not return_entropy and not capturable
     no_logits = backend == "triton" and not unit

@@ -1,5 +1,6 @@
 """``token_logps``: log-probs (and entropy) of labels from logits, differentiable."""
 
+import math
 from typing import Literal, overload
 
 import torch
@@ -127,8 +128,8 @@ def sliced_logits(logits: Tensor, parallel: Parallel | None) -> tuple[Tensor, Sh
     parallel = check_parallel(parallel)
     logits = own_part(logits, "logits", parallel, LOGITS)
     checks.require_tensors(logits=logits)
-    columns = logits.shape[-1] if logits.dim() else 0
-    return logits, Shard.of(parallel, columns, logits.device)
+    *rows, columns = logits.shape if logits.dim() else (0,)
+    return logits, Shard.of(parallel, columns, math.prod(rows), logits.device)
 
 
 def check_logits(
