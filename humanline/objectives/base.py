@@ -341,18 +341,12 @@ class Objective:
             + ("ref_hidden without ref_weight" if ref_logps is None else "both"),
         )
         options = replace(options, bias=ref_bias)
-        of_ref = ops.sliced_head(ref_hidden, ref_weight, options, parallel, "ref_")
-        ops.check_hidden(*of_ref[:2], labels, of_ref[2], "ref_")
+        *of_ref, ref_head = ops.sliced_head(ref_hidden, ref_weight, options, parallel, "ref_")
+        ops.check_hidden(*of_ref, labels, ref_head, "ref_")
         # Whatever is wrong with the batch is found before the reference's GEMM runs.
         unknown = torch.zeros(labels.shape, device=labels.device)
         problem = self._problem(layout, unknown, batch, parallel)
-        with torch.no_grad():
-            ref_logps, _ = ops.checked_logps(
-                *(*of_ref[:2], labels, of_ref[2]),
-                workspace_bytes=workspace_bytes,
-                backend=backend,
-                capturable=capturable,
-            )
+        ref_logps = ops.reference_logps(*of_ref, labels, ref_head, *how[:3])
         problem = join(replace(problem, ref_logps=ref_logps.reshape(-1)), parallel)
         rows = hidden, weight, head.labels(labels), head
         return _finished(ops.linear_objective(problem, *rows, *how), parallel)

@@ -12,9 +12,9 @@ from humanline.ops.hidden.head import (
 )
 from humanline.ops.hidden.objective import linear_objective
 from humanline.ops.hidden.token_logps import (
-    checked_logps,
     linear_token_logps,
     logps_and_columns,
+    reference_logps,
 )
 from humanline.ops.logits.objective import logits_objective
 from humanline.ops.logits.token_logps import (
@@ -33,7 +33,6 @@ __all__ = [
     "check_logits",
     "check_sliced",
     "check_tolerance",
-    "checked_logps",
     "choose_backend",
     "finish",
     "linear_objective",
@@ -41,6 +40,7 @@ __all__ = [
     "logits_logps",
     "logits_objective",
     "logps_and_columns",
+    "reference_logps",
     "rows_of_all_ranks",
     "shift",
     "slice_for_all_rows",

@@ -206,31 +206,6 @@ def logps_and_columns(
     )
     check_sliced(head, capturable, gradient_tolerance)
     check_hidden(hidden, weight, labels, head)
-    return checked_logps(
-        *(hidden, weight, labels, head),
-        return_entropy=return_entropy,
-        observe=observe,
-        workspace_bytes=workspace_bytes,
-        backend=backend,
-        capturable=capturable,
-        gradient_tolerance=gradient_tolerance,
-    )
-
-
-def checked_logps(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    head: Head,
-    *,
-    return_entropy: bool = False,
-    observe: Observer | None = None,
-    workspace_bytes: int,
-    backend: str | None,
-    capturable: bool,
-    gradient_tolerance: float = 0.0,
-) -> tuple[Tensor | tuple[Tensor, Tensor], Columns]:
-    """The same of a head that is sliced, and of tensors that fit together."""
     labels = head.labels(labels)
     hidden, weight = under_autocast(hidden, weight)
     if observe is not None:  # the kernels never have the logits as the head's options leave them
@@ -267,7 +242,7 @@ def head_logps(
     capturable: bool,
     columns: Columns,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """And these in a dtype that is chosen, on a backend that is."""
+    """The same of what is checked, in a dtype that is chosen, on a backend that is."""
     bias = head.bias
     unit = _only_hidden_trains(hidden, weight, bias) and not return_entropy and not capturable
     no_logits = backend == "triton" and not unit
@@ -289,6 +264,29 @@ def head_logps(
     )
     logps = logps.view(labels.shape)
     return (logps, entropy.view(labels.shape)) if return_entropy else logps
+
+
+def reference_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    head: Head,
+    workspace_bytes: int,
+    backend: str,
+    capturable: bool,
+) -> Tensor:
+    """Log-probs without a gradient, of a head that is sliced, and of what is checked."""
+    check_capturable(capturable, backend)
+    hidden, weight = under_autocast(hidden, weight)
+    with torch.no_grad():
+        return head_logps(
+            *(hidden, weight, head.labels(labels), head),
+            return_entropy=False,
+            workspace_bytes=workspace_bytes,
+            backend=backend,
+            capturable=capturable,
+            columns=Columns(0.0, hidden, backend),
+        )
 
 
 def check_capturable(capturable: bool, backend: str) -> None:
