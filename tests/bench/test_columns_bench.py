@@ -1,5 +1,6 @@
 """The bench of left-out columns, and the errors on the rows of a real model where there is one."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -47,6 +48,21 @@ def test_every_line_is_measured(tmp_path, monkeypatch, capsys):
         assert [float(line[3]) for line in ours] == list(columns.TOLERANCES)
         assert float(ours[0][4]) == 1 and float(ours[0][5]) < 1e-4 > float(ours[0][6])
         assert {"bare GEMMs", "eager"} <= {line[2] for line in lines}
+
+
+@pytest.mark.parametrize(
+    "record", sorted(ROOT.glob("bench/results/*/columns.json")), ids=lambda path: path.parent.name
+)
+def test_what_the_page_of_calls_says_of_the_errors(record):
+    """Of 1e-3, where float32 is, beside eager's in bfloat16."""
+    assert "less than a fifth of eager bfloat16's" in (ROOT / "humanline/README.md").read_text()
+    lines = [columns.Line(**x) for x in json.loads(record.read_text())["results"]]
+    for kind in columns.KINDS:
+        of_kind = [x for x in lines if x.rows == kind]
+        [ours] = [x for x in of_kind if (x.dtype, x.tolerance) == ("float32", 1e-3)]
+        [eager] = [x for x in of_kind if (x.dtype, x.peer) == ("bfloat16", "eager")]
+        assert ours.hidden_error < eager.hidden_error / 5
+        assert ours.weight_error < eager.weight_error / 5
 
 
 def real_model() -> Path:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from bench import readme
+from bench.run import ROOT
 from bench.study import analyse, tolerance, tolerance_report
 from bench.study.run import read_config, read_results, recipe
 from humanline.training import data, examples, model, score
@@ -276,3 +277,9 @@ def test_the_committed_report_is_that_of_the_committed_runs(config):
 def test_the_page_of_benchmarks_has_what_holds(config):
     found = tolerance_report.Runs(read_results(tolerance.LINES, config), config)
     assert readme.tolerance().startswith(tolerance_report.conclusion(found))
+
+
+def test_the_page_of_calls_recommends_the_same(config):
+    found = tolerance_report.Runs(read_results(tolerance.LINES, config), config)
+    page = (ROOT / "humanline/README.md").read_text(encoding="utf-8")
+    assert f"could show at up to {found.recommended():g}, in the mean" in page
