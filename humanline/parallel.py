@@ -149,8 +149,10 @@ class Parallel:
             are gathered for the call and their gradient is summed over ranks, in float32 at least;
             or, where that sends fewer bytes, ``from_hidden`` gathers the hidden states. The
             gradient is left as the DTensors lie; with ``grad="mean"`` divided by the ranks, as
-            FSDP2 would. With ``vocab``, DTensors on a mesh of both, as FSDP2 makes them of a
-            tensor-parallel head: each rank gathers its slice.
+            FSDP2 would. Beside ``sequence``, the mesh may be one dimension of the ranks of both, as
+            it is where FSDP2 splits over data and context parallel ranks. With ``vocab``, DTensors
+            on a mesh of both, as FSDP2 makes them of a tensor-parallel head: each rank gathers its
+            slice.
         grad: "sum": each rank's gradients are those that its rows give, and sum over the ranks of
             ``sequence`` and ``data`` to the gradient of the loss. "mean": multiplied by the number
             of these ranks, for an engine that averages over them, as DDP and FSDP do.

@@ -675,6 +675,42 @@ def dtensors_on_two_axes(rank):
             hl.SFT().from_hidden(hidden, data.weight, data.labels, parallel=parallel)
 
 
+def a_head_that_the_ranks_of_both_axes_have_split(rank):
+    """FSDP2's, over one mesh of data and context parallel ranks."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "cp"))
+    data, outer, inner = Batch(dtype=torch.float32), *mesh.get_coordinate()
+    whole = nn.Linear(data.H, data.V)
+    have = DATA["uneven"][outer] | SEQUENCE["uneven"][inner]
+    mine, rows = data.part(**have), (have["sequences"], have["rows"])
+    for grad, factor in (("mean", 4), ("sum", 1)):
+        for case in (oracle.BY_NAME["dpo-sigmoid"], oracle.BY_NAME["grpo-bnpo"]):
+            states, hidden = leaf(data.hidden), leaf(mine.hidden)
+            whole.zero_grad()
+            expected = data.from_hidden(
+                case, perception(case), states, whole.weight, bias=whole.bias
+            )
+            expected[0].backward()
+            sharded = copy.deepcopy(whole)
+            fully_shard(sharded, mesh=mesh["dp", "cp"]._flatten("dp_cp"))
+            parallel = hl.Parallel(data=mesh["dp"], sequence=mesh["cp"], grad=grad)
+            found = mine.from_hidden(
+                *(case, perception(case), hidden, sharded.weight),
+                bias=sharded.bias,
+                parallel=parallel,
+            )
+            found[0].backward()
+            close(found, expected, 1e-5)
+            close(hidden.grad, factor * states.grad[rows[0]][:, rows[1]], 1e-5)
+            for name in ("weight", "bias"):
+                of_head = getattr(sharded, name).grad
+                close(of_head.full_tensor(), getattr(whole, name).grad, 1e-5)
+    with pytest.raises(ValueError, match=r"weight is a DTensor"):  # of more ranks than these
+        hl.linear_token_logps(
+            *(mine.hidden, sharded.weight, mine.labels),
+            parallel=hl.Parallel(sequence=mesh["cp"]),
+        )
+
+
 def a_head_of_slices_that_are_split(rank):
     """As FSDP2 leaves a tensor-parallel one, and as a mesh has it that names that axis first."""
     data = Batch(dtype=torch.float32)
@@ -720,7 +756,12 @@ def a_head_of_slices_that_are_split(rank):
         hl.linear_token_logps(mine.hidden, data_first, mine.labels, parallel=hl.Parallel(**axes))
 
 
-FOUR = [two_axes, dtensors_on_two_axes, a_head_of_slices_that_are_split]
+FOUR = [
+    two_axes,
+    dtensors_on_two_axes,
+    a_head_that_the_ranks_of_both_axes_have_split,
+    a_head_of_slices_that_are_split,
+]
 
 outcome_of_four = outcome_of(FOUR, 4)
 

@@ -9,6 +9,8 @@ A parameter that is read where it lies has no hooks of FSDP's: what the engine w
 gradient is done here.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -22,19 +24,34 @@ from humanline.sharding import is_dtensor
 
 
 def gathered(x: Tensor | None, name: str, dtype: torch.dtype, parallel: Parallel) -> Tensor | None:
-    """All rows of a DTensor that the ranks of ``data`` have split along its first dimension, in
-    this dtype: as many bytes are sent as that takes. Where those of ``vocab`` have split it before,
-    all rows of this rank's slice. Any other value is returned as it is.
+    """All rows of a DTensor that the ranks of ``data``, or with them those of ``sequence``, have
+    split along its first dimension, in this dtype: as many bytes are sent as that takes. Where
+    those of ``vocab`` have split it before, all rows of this rank's slice. Any other value is
+    returned as it is.
 
     Raises:
         ValueError: it lies on the mesh of both axes and is not split so.
     """
     axis = parallel.axis("data")
     if not (_is_split(x, axis) or _is_split_slice(x, name, parallel)):
-        return x  # if it is a DTensor, refused with the advice that goes for any
+        axis = _both_row_axes(x, parallel)
+        if axis is None:
+            return x  # if it is a DTensor, refused with the advice that goes for any
     local = x.to_local(grad_placements=x.placements)
     sizes = [n for (n,) in axis.exchange(len(local), device=local.device)]
-    return _Gathered.apply(local, dtype, axis, sizes, _factor(parallel))
+    return _Gathered.apply(local, dtype, axis, sizes, _factor(axis, parallel))
+
+
+def _both_row_axes(x: Tensor | None, parallel: Parallel) -> Axis | None:
+    """The ranks of ``data`` and ``sequence`` as one axis, where one dimension of a mesh has them
+    all, as FSDP2 beside context parallelism has, and they have split it along the first."""
+    mesh = x.device_mesh if is_dtensor(x) else None
+    if mesh is None or mesh.ndim != 1 or not mesh.get_coordinate() or len(parallel.rows) != 2:
+        return None
+    axis = Axis("data and sequence", mesh.get_group())
+    all_there = all(set(of_rows.ranks) <= set(axis.ranks) for of_rows in parallel.rows)
+    as_many = axis.size == math.prod(of_rows.size for of_rows in parallel.rows)
+    return axis if all_there and as_many and x.placements[0].is_shard(0) else None
 
 
 def _is_split(x: Tensor | None, axis: Axis | None) -> bool:
@@ -71,8 +88,8 @@ def _is_split_slice(x: Tensor | None, name: str, parallel: Parallel) -> bool:
     return True
 
 
-def _factor(parallel: Parallel) -> float:
-    return 1 / parallel.axis("data").size if parallel.grad == "mean" else 1.0
+def _factor(axis: Axis, parallel: Parallel) -> float:
+    return 1 / axis.size if parallel.grad == "mean" else 1.0
 
 
 def slice_for_all_rows(
@@ -96,7 +113,7 @@ def slice_for_all_rows(
     sizes = hidden.element_size(), weight.element_size()
     if min(columns) == 0 or not rows_send_less(sum(rows), sum(columns), *sizes, *trains):
         return None
-    parts = [_Weighted.apply(x, _factor(parallel)) for x in parts]
+    parts = [_Weighted.apply(x, _factor(axis, parallel)) for x in parts]
     return Shard(axis, columns), hidden, *(*parts, None)[:2]
 
 
