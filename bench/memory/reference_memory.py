@@ -11,7 +11,6 @@ Linux and macOS.
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from torch import nn
 
 import humanline as hl
 from bench.environment import write_record
+from bench.measure import status
 from bench.run import ROOT
 from humanline.reference import REFERENCES
 
@@ -105,13 +105,12 @@ def measure(trained: str, kind: str, args: argparse.Namespace) -> dict:
         losses.append(loss.item())
         seconds.append(time.perf_counter() - begun)
         begun = time.perf_counter()
-    unit = 1 if sys.platform == "darwin" else 1024
     return {
         "trained": trained,
         "kind": kind,
         "losses": losses,
         "seconds_per_step": statistics.mean(seconds[1:]),  # the first one allocates
-        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
+        "peak_bytes": status("VmHWM"),
         "held_bytes": held,
     }
 

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import platform
+import re
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -164,6 +165,11 @@ def peak_memory_bytes(device: torch.device) -> int:
     """Most memory held so far: the allocator's on a GPU, else the process's."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    # rusage has what the process that started this one held, if that is more.
+    own = Path("/proc/self/status")
+    found = re.search(r"VmHWM:\s+(\d+) kB", own.read_text()) if own.exists() else None
+    if found:
+        return int(found[1]) * 1024
     import resource  # not on Windows, where the GPU's allocator may still be asked
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

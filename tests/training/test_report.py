@@ -294,3 +294,15 @@ def test_other_libraries_say_nothing(options, tmp_path):
 
 def test_alone_is_no_launch():
     assert ALONE.first and ALONE.gather("anything", 3) == [3]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere rusage is all there is")
+def test_peak_memory_is_of_this_process_and_not_of_the_one_that_started_it():
+    code = (
+        "import torch; from humanline.training.report import peak_memory_bytes\n"
+        "print(peak_memory_bytes(torch.device('cpu')))"
+    )
+    child = "print(subprocess.run([sys.executable, '-c', code], stdout=-1, text=True).stdout)"
+    parent = f"import subprocess, sys; code = {code!r}; held = b'1' * {2 * 10**9}; {child}"
+    done = subprocess.run([sys.executable, "-c", parent], stdout=subprocess.PIPE, text=True)
+    assert 10**8 < int(done.stdout) < 10**9
