@@ -89,10 +89,6 @@ class Axis:
             self._run(dist.all_reduce, x)
         return x
 
-    def is_of(self, mesh: Any) -> bool:
-        """Whether a DeviceMesh has these ranks, and no other dimension."""
-        return mesh.ndim == 1 and self.is_dimension(mesh, 0)
-
     def is_dimension(self, mesh: Any, number: int) -> bool:
         """Whether these are the ranks of a dimension of a DeviceMesh."""
         if mesh.get_coordinate() is None:  # this rank is none of the mesh's
