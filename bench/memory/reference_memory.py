@@ -22,9 +22,9 @@ from torch import nn
 
 import humanline as hl
 from bench.environment import write_record
-from bench.measure import status
 from bench.run import ROOT
 from humanline.reference import REFERENCES
+from humanline.training.report import peak_memory_bytes
 
 OBJECTIVE = hl.GRPO(perception=hl.Clip(-0.05, 0.05))
 COMMAND = "python -m bench.memory.reference_memory"
@@ -110,7 +110,7 @@ def measure(trained: str, kind: str, args: argparse.Namespace) -> dict:
         "kind": kind,
         "losses": losses,
         "seconds_per_step": statistics.mean(seconds[1:]),  # the first one allocates
-        "peak_bytes": status("VmHWM"),
+        "peak_bytes": peak_memory_bytes(torch.device("cpu")),
         "held_bytes": held,
     }
 

@@ -32,7 +32,7 @@ def launched(folder, world):
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     options = {"capture_output": True, "text": True, "env": environment}
     try:
-        # Of a hang: it takes two minutes on a free machine, and three tests share one.
+        # Of a hang: by estimate it takes two minutes on a free machine.
         done = subprocess.run([*LAUNCH, SCRIPT, folder, world], timeout=900, **options)
     except subprocess.TimeoutExpired as hung:
         return None, f"{hung}: {(hung.stderr or b'').decode()}"
