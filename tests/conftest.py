@@ -34,6 +34,9 @@ LISTED = (TESTS / "core.txt").read_text().split()
 CORE = [TESTS.parent / part for part in LISTED if not part.startswith("tests/bench/")]
 ONE_IN = 16  # cases of a test; the first is always in
 
+# Tests and whole files: `pytest -m slow`, and what the README's command leaves out (slow.py).
+SLOW = set((TESTS / "slow.txt").read_text().splitlines())
+
 
 def in_core(path: Path) -> bool:
     return any(path == part or part in path.parents for part in CORE)
@@ -49,8 +52,10 @@ def pytest_ignore_collect(collection_path, config):
 def pytest_collection_modifyitems(items):
     cases = Counter()
     for item in items:
+        function = item.nodeid.partition("[")[0]
+        if {function, function.partition("::")[0]} & SLOW:
+            item.add_marker("slow")
         if in_core(item.path):
-            function = item.nodeid.partition("[")[0]
             if cases[function] % ONE_IN == 0:
                 item.add_marker("core")
             cases[function] += 1
