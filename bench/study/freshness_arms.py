@@ -124,8 +124,27 @@ def key(result: dict[str, Any]) -> tuple:
     return result["arm"], result["seed"], result["lr"], result["bound"]
 
 
+def stages(config: dict[str, Any], objective: str) -> list[list[Arm]]:
+    """All arms in the order in which they are run: those that the main contrasts are about, then
+    the tighter bounds, then the longer intervals between syncs."""
+    arms, others = grid(config, objective), config["sync_every"][1:]
+    late = [arm for arm in arms if arm.sync_every in others]
+    narrow = [arm for arm in arms if arm.method == NARROW]
+    return [[arm for arm in arms if arm not in late + narrow], narrow, late]
+
+
 def wanted(done: Done, objective: str) -> list[Job]:
-    """The runs that can be named by now, those that are done too, in the order to run them."""
+    """The runs that can be named by now, those that are done too, in the order to run them. A stage
+    begins when the one before it is done."""
+    runs: list[Job] = []
+    for arms in stages(done.config, objective):
+        runs += _of_stage(done, arms)
+        if any((str(run[0]), *run[1:]) not in done for run in runs):
+            break
+    return list(dict.fromkeys(runs))
+
+
+def _of_stage(done: Done, arms: list[Arm]) -> list[Job]:
     config, runs = done.config, []
 
     def add(arm: Arm, seeds: list[int], lr: float) -> None:
@@ -134,15 +153,12 @@ def wanted(done: Done, objective: str) -> list[Job]:
             arm, seeds = arm.twin, done.tuning["seeds"]
         runs.extend((arm, seed, lr, bound) for seed in seeds)
 
-    arms = grid(config, objective)
     for arm in arms:
         if arm.sync_every in (0, config["sync_every"][0]):
             for lr in done.tried(arm)[0]:
                 add(arm, done.tuning["seeds"], lr)
-    first = [arm for arm in arms if arm.sync_every in (0, config["sync_every"][0])]
-    for some in (first, [arm for arm in arms if arm not in first]):
-        for seed in config["seeds"]:
-            for arm in some:
-                if (lr := done.rate(arm)) is not None:
-                    add(arm, [seed], lr)
-    return list(dict.fromkeys(runs))
+    for seed in config["seeds"]:
+        for arm in arms:
+            if (lr := done.rate(arm)) is not None:
+                add(arm, [seed], lr)
+    return runs

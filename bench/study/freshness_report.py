@@ -52,6 +52,10 @@ class Runs:
         """Runs that are done, and all."""
         return sum(map(len, self.of.values())), len(self.of) * len(self.config["seeds"])
 
+    def started(self, objective: str) -> bool:
+        """Whether one of its final runs is done."""
+        return any(arm.objective == objective and of for arm, of in self.of.items())
+
     def values(self, arm: Arm, name: str) -> dict[int, float]:
         """Of each seed: the last value of a curve, its "mean", or a number."""
 
@@ -171,7 +175,7 @@ def report(runs: Runs) -> str:
     ]
     for objective in config["objectives"]:
         parts.append(f"## {objective}")
-        started = any(a.objective == objective and of for a, of in runs.of.items())
+        started = runs.started(objective)
         for kind in ("contrasts", "further") if started else ():
             rows = contrast_rows(runs, objective, analysis[kind], runs.measure)
             parts += [f"{analysis['titles'][kind]}:", _contrasts(rows)]
@@ -207,7 +211,7 @@ def draw(runs: Runs) -> None:
     """A panel a sampling interval, a line an arm (k=1); bands where there are three seeds."""
     config = runs.config
     rare = [every for every in config["sample_every"] if every != 1]
-    objectives = list(config["objectives"])
+    objectives = list(filter(runs.started, config["objectives"]))
     figure, axes = new_figure(len(objectives), len(rare), 3.4 * len(objectives))
     recipe, k = config["training"], config["sync_every"][0]
     x = range(0, recipe["steps"] + 1, recipe["evaluate_every"])
@@ -218,6 +222,7 @@ def draw(runs: Runs) -> None:
                 arm = Arm(objective, every, method, 0 if method == PLAIN else k)
                 _curve(axis, x, runs.curves(arm), method, colour, dashes)
             axis.set(title=f"{objective}, sampled {age(every)}", xlabel="optimizer step")
+            axis.set_ylim(bottom=0)
         line[0].set_ylabel(f"{config['analysis']['titles']['measure']}, held out")
     handles = {}
     for line in axes:

@@ -9,6 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from bench.study import blocks, freshness, freshness_report, judge
 from bench.study import freshness_arms as arms
 from bench.study import freshness_world as worlds
+from bench.study.analyse import interval
 from bench.study.run import recipe
 
 END, BEGINNING = 2, 3
@@ -256,6 +257,15 @@ def test_the_list_of_rates_is_lengthened_where_the_best_lies(rules):
     assert far.rate(arm) == 4 * lrs[-1]  # lengthened twice, and no further
 
 
+def test_what_the_main_contrasts_need_is_run_first(rules):
+    first, narrow, late = arms.stages(rules, "GRPO")
+    assert sorted(map(str, first + narrow + late)) == sorted(map(str, arms.grid(rules, "GRPO")))
+    named = {name for contrast in rules["analysis"]["contrasts"] for name in contrast[:2]}
+    assert {f"GRPO {name}" for name in named} <= set(map(str, first))
+    begun = {run[0] for run in arms.wanted(arms.Done([], rules), "GRPO")}
+    assert begun <= {*first, *(arm.twin for arm in first)}
+
+
 def test_bounds_are_the_twins_drift_and_all_runs_get_done(rules):
     done, _ = finished(rules, "GRPO", best_at(rules["tuning"]["lrs"][1]))
     runs = freshness_report.Runs("freshness", done)
@@ -290,3 +300,52 @@ def test_the_committed_report_is_that_of_the_committed_runs(name):
     assert freshness_report.report(runs) == written, "run: python -m bench.study.freshness_report"
     figure = freshness_report.HERE / f"{name}.png"
     assert not runs.counted[0] or freshness_report.digest(runs).encode() in figure.read_bytes()
+
+
+def short(value):
+    return f"{value:.3f}".replace("0.", ".", 1)
+
+
+def test_the_readme_says_of_grpo_what_its_runs_say():
+    runs = freshness_report.read("freshness")
+    page = (freshness_report.HERE / "README.md").read_text(encoding="utf-8")
+    text = page.split("### Sampling rarely")[1].split("\n#")[0]
+
+    def values(name):
+        found = runs.values(freshness_report.arm_of(runs.config, "GRPO", name), runs.measure)
+        assert set(found) == set(runs.config["seeds"])
+        return [found[seed] for seed in runs.config["seeds"]]
+
+    def said(one, other=None):
+        of = values(one)
+        if other is not None:
+            of = [a - b for a, b in zip(values(other), of, strict=True)]
+        mean, half = interval(of)
+        return f"{short(mean)} ± {short(half)}"
+
+    fresh = "every 1, plain"
+    for every in ("every 8", "every 64"):
+        for method in ("plain", "humanline k=1", "sync only k=1"):
+            assert short(interval(values(f"{every}, {method}"))[0]) in text
+    assert f"costs plain GRPO {said('every 8, plain', fresh)} and " in text
+    assert f"humanline {said('every 8, humanline k=1', fresh)} (" in text
+    assert f"{said('every 64, humanline k=1', fresh)} below fresh samples" in text
+    assert f"{said('every 64, humanline k=1', 'every 64, plain')} below plain GRPO" in text
+    assert f"plain GRPO ends at {said('once, plain')}, " in text
+    assert f"humanline at {said('once, humanline k=1')}:" in text
+    assert f"every step ({short(interval(values(fresh))[0])})" in text
+    [before] = {c[0] for c in runs.curves(freshness_report.arm_of(runs.config, "GRPO", fresh))}
+    assert f"before: {short(before)})" in text
+
+
+def test_the_readme_says_how_grpo_s_rates_were_found():
+    runs = freshness_report.read("freshness")
+    page = (freshness_report.HERE / "README.md").read_text(encoding="utf-8")
+    rare = [
+        freshness_report.arm_of(runs.config, "GRPO", f"every 64, {method}")
+        for method in ("humanline k=1", "plain")
+    ]
+    best = [max(runs.done.tried(arm)[0].values()) for arm in rare]
+    assert f"({short(best[0])}, {short(best[1])})" in page
+    twice = runs.done.tried(rare[0])[0][2 * runs.done.rate(rare[0])]
+    assert twice < 0.01, "the run at twice the rate collapses"
