@@ -1,7 +1,5 @@
-"""The list of slow tests is in the form that its program gives it, and names tests that are there.
-
-What it names is left out by the README's command; `.ci/run` runs the rest by itself.
-"""
+"""The list of slow tests names tests that are there, and `.ci/run` runs them: the README's command
+leaves them out."""
 
 from pathlib import Path
 

@@ -293,8 +293,7 @@ def run_all(rules: str, objectives: list[str], jobs: int) -> None:
         with workers(jobs) as pool:
             while True:
                 done = Done(read_results(lines, config), config)
-                runs = wanted(done, objective)
-                missing = [run for run in runs if (str(run[0]), *run[1:]) not in done]
+                missing = done.missing(wanted(done, objective))
                 if not missing:
                     break
                 one = functools.partial(execute, rules)

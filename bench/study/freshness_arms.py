@@ -80,6 +80,10 @@ class Done(dict[tuple, dict[str, Any]]):
         super().__init__({key(line): line for line in lines})
         self.config, self.tuning = config, config["tuning"]
 
+    def missing(self, runs: list[Job]) -> list[Job]:
+        """Those that are not done."""
+        return [run for run in runs if (str(run[0]), *run[1:]) not in self]
+
     def bound(self, arm: Arm, lr: float) -> float | None:
         """By the rule; None also where the twin has not run."""
         if arm.method not in WITHIN:
@@ -139,7 +143,7 @@ def wanted(done: Done, objective: str) -> list[Job]:
     runs: list[Job] = []
     for arms in stages(done.config, objective):
         runs += _of_stage(done, arms)
-        if any((str(run[0]), *run[1:]) not in done for run in runs):
+        if done.missing(runs):
             break
     return list(dict.fromkeys(runs))
 

@@ -156,8 +156,9 @@ def report(runs: Runs) -> str:
     training, options, analysis = config["training"], config["task"], config["analysis"]
     where = dict.fromkeys(f"{r['device']}, torch {r['torch']}" for r in runs.done.values())
     unfinished = (
-        f"**Unfinished: {got} of {all_} final runs are done. What follows says what there is, not "
-        "what holds; no claim rests on it.** The command of the first line goes on with the rest."
+        f"**Unfinished: {got} of {all_} final runs are done. A contrast says what holds "
+        "where all its seeds are there, and nothing before.** The command of the first line goes "
+        "on with the rest."
     )
     parts = [
         f"# {config['title']}",

@@ -228,7 +228,7 @@ def finished(config, objective, score):
     lines, rounds = [], 0
     while True:
         done = arms.Done(lines, config)
-        missing = [r for r in arms.wanted(done, objective) if (str(r[0]), *r[1:]) not in done]
+        missing = done.missing(arms.wanted(done, objective))
         if not missing:
             return done, rounds
         lines += [line(run, config, score(*run)) for run in missing]
@@ -324,9 +324,13 @@ def test_the_readme_says_of_grpo_what_its_runs_say():
         return f"{short(mean)} ± {short(half)}"
 
     fresh = "every 1, plain"
-    for every in ("every 8", "every 64"):
-        for method in ("plain", "humanline k=1", "sync only k=1"):
-            assert short(interval(values(f"{every}, {method}"))[0]) in text
+
+    def means(every):
+        methods = ("plain", "humanline k=1", "sync only k=1")
+        return [short(interval(values(f"{every}, {method}"))[0]) for method in methods]
+
+    assert "({} and {}; the sync alone {})".format(*means("every 8")) in text
+    assert ": {} plain, {} humanline, {} the sync alone".format(*means("every 64")) in text
     assert f"costs plain GRPO {said('every 8, plain', fresh)} and " in text
     assert f"humanline {said('every 8, humanline k=1', fresh)} (" in text
     assert f"{said('every 64, humanline k=1', fresh)} below fresh samples" in text
@@ -336,6 +340,8 @@ def test_the_readme_says_of_grpo_what_its_runs_say():
     assert f"every step ({short(interval(values(fresh))[0])})" in text
     [before] = {c[0] for c in runs.curves(freshness_report.arm_of(runs.config, "GRPO", fresh))}
     assert f"before: {short(before)})" in text
+    for forgets in ("once, humanline k=1", "once, sync only k=1"):
+        assert min(values(forgets)) < before
 
 
 def test_the_readme_says_how_grpo_s_rates_were_found():
